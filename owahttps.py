@@ -1,0 +1,1895 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.6"
+# ///
+"""owahttps: whoever types http:// lands on https://host/exchange by itself.
+
+The cure of Microsoft's article Q279681 ("How to Force SSL Encryption for an OWA 2000 Client") for any box: copy this one
+file there and run it.  It needs CPython 3.6 or newer and nothing else.
+
+  sudo python3 owahttps.py serve --user nobody            http://HOST/anything -> https://HOST/exchange
+  python3 owahttps.py serve --port 8080 --path /owa       try it without root
+  python3 owahttps.py generate                            the article's ASP page and IIS steps
+  python3 owahttps.py selftest                            prove the redirect against an HTTPS stub on localhost
+"""
+import argparse
+import calendar
+import contextlib
+import errno
+import os
+import re
+import selectors
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict, deque
+from email.utils import formatdate
+from functools import lru_cache
+from html import escape
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
+from urllib.parse import urljoin
+
+__all__ = ["HostError", "RedirectHandler", "RedirectRule", "RedirectServer", "RuleError", "asp_page", "server_name"]
+__version__ = "1.0"
+
+
+# ---- The rule --------------------------------------------------------------------------------------------------------
+
+class RuleError(ValueError):
+    """A rule that cannot be, or that a rendering cannot express; its text is one line for the person who asked."""
+
+
+class HostError(RuleError):
+    """Not a server name."""
+
+
+# RFC 9110 §7.2: Host = uri-host [ ":" port ].  Of RFC 3986's hosts only those that a certificate can name: labels of
+# letters, digits and inner "-" and "_", or an IP address; no userinfo, no percent-encoding, no zone.
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+_AUTHORITY = re.compile(r"(?:(?P<name>%s(?:\.%s)*)\.?|(?P<ipv6>\[[0-9A-Fa-f:.]+\]))(?P<port>:[0-9]{1,5})?"
+                        % (_LABEL, _LABEL))
+# WHATWG URL §3.5: a browser takes a host whose last label is a number for an IPv4 address, and refuses a wrong one.
+_ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
+# RFC 3986 §2.3, unreserved characters: every server's configuration, cmd.exe and VBScript take them literally.
+_PATH = re.compile(r"/[A-Za-z0-9._~/-]*")
+ACME_PREFIX = "/.well-known/acme-challenge/"
+# Everything else in a request target is percent-encoded, and so is a "%" that encodes nothing (RFC 3986 §3.3 and §3.4).
+_OUTSIDE_URL = re.compile(r"[^A-Za-z0-9._~:/?@!$&'()*+,;=%-]|%(?![0-9A-Fa-f]{2})")
+
+
+@lru_cache(maxsize=1024)
+def server_name(authority: str) -> str:
+    """The server name in a Host field: lower case, without port and trailing dot; IPv6 keeps its brackets.
+
+    >>> server_name("Mail.Example.com.:8080")
+    'mail.example.com'
+
+    Raises HostError for anything that is not strictly a name or an address, with an optional port 1-65535.
+    """
+    match = _AUTHORITY.fullmatch(authority)
+    if not match or not 1 <= int((match.group("port") or ":80")[1:]) <= 65535:
+        raise HostError("%a is not a server name (letters, digits, '-', '_' and '.', or [IPv6])" % authority[:300])
+    name = (match.group("name") or match.group("ipv6")).lower()
+    try:
+        if match.group("ipv6"):
+            IPv6Address(name[1:-1])
+        elif _ENDS_IN_NUMBER.fullmatch(name) and str(IPv4Address(name)) != name:
+            raise AddressValueError
+    except AddressValueError:
+        raise HostError("%a is not an IP address" % authority) from None
+    if len(name) > 253:
+        raise HostError("%a is longer than a server name's 253 characters" % authority)
+    return name
+
+
+class _RuleFields(NamedTuple):
+    path: str = "/exchange"
+    host: str = ""
+    https_port: int = 443
+    status: int = 302
+    keep_path: bool = False
+    allow_hosts: Tuple[str, ...] = ()
+    health: str = ""
+    acme_dir: str = ""
+
+
+class RedirectRule(_RuleFields):
+    """Where plain HTTP goes: a request for server name H goes to https://H[:https_port]path.
+
+    path         where everyone lands; with keep_path the request's own path and query stay instead
+    host         this name instead of the requested one ("": the requested one)
+    status       301, 302, 307 or 308; 302 is what the article's Response.Redirect sends, and no browser keeps it
+    allow_hosts  the only names that are redirected (empty: every name); host is one of them
+    health       a path that answers 200 instead ("": none)
+    acme_dir     a folder of ACME http-01 token files that are served instead ("": none)
+
+    A rule that cannot be is never made: RuleError says why, in one line.
+    """
+    __slots__ = ()
+
+    def __new__(cls, *args: Any, **fields: Any) -> "RedirectRule":
+        rule = super().__new__(cls, *args, **fields)
+        names = [server_name(name) for name in (rule.host,) + tuple(rule.allow_hosts) if name]
+        for name in (rule.host,) + tuple(rule.allow_hosts):
+            if name.rpartition("]")[2].count(":"):
+                raise HostError("%a has a port: a rule's host is a name alone" % name)
+        for path in (rule.path, rule.health or "/"):
+            if not _PATH.fullmatch(path):
+                raise RuleError("path %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /" % path)
+        if not 1 <= rule.https_port <= 65535:
+            raise RuleError("https port %d is not in 1-65535" % rule.https_port)
+        if rule.status not in (301, 302, 307, 308):
+            raise RuleError("status %d is not one of 301, 302, 307, 308" % rule.status)
+        return super().__new__(cls, rule.path, names[0] if rule.host else "", rule.https_port, rule.status,
+                               rule.keep_path, tuple(names) if rule.allow_hosts else (), rule.health, rule.acme_dir)
+
+    def authority(self, name: str) -> str:
+        """Host and port of the redirect's target, for a request for this server name."""
+        return (self.host or name) + ("" if self.https_port == 443 else ":%d" % self.https_port)
+
+    def location(self, name: str, target: str) -> str:
+        """The Location for a request for this server name and request target (path and query).
+
+        >>> RedirectRule(keep_path=True).location("mail.example.com", '/a"b?c')
+        'https://mail.example.com/a%22b?c'
+        """
+        path = self.path
+        if self.keep_path or target.startswith(ACME_PREFIX):    # a certificate authority follows to the same path alone
+            path = _OUTSIDE_URL.sub(lambda match: "%%%02X" % ord(match.group()), target)
+        return "https://" + self.authority(name) + path
+
+
+# ---- The answer ------------------------------------------------------------------------------------------------------
+
+MAX_TARGET = 8 * 1024       # bytes of a request target: 414 beyond
+MAX_HEAD = 32 * 1024        # bytes of a request head: 431 beyond
+PHRASES = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found", 307: "Temporary Redirect",
+           308: "Permanent Redirect", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
+           414: "URI Too Long", 421: "Misdirected Request", 431: "Request Header Fields Too Large",
+           505: "HTTP Version Not Supported"}
+PAGE = "<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{text}\n"
+LOOP = ("redirect loop: X-Forwarded-Proto says that a proxy already speaks HTTPS and sends its traffic here; "
+        "send HTTPS to the application, and plain HTTP alone to this redirect")
+
+# RFC 9112 §2.1, §3 and §5, RFC 9110 §5.1: one empty line is tolerated before the request line, and nothing else.
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = r"(?:\r\n)?(%s) ([!-~\x80-\xff]{1,%d}) HTTP/1\.([0-9])\r\n" % (_TOKEN, MAX_TARGET)
+_HEAD = re.compile(_REQUEST_LINE + r"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % _TOKEN)
+_FIELD = re.compile(r"\n((?i:host|connection|content-length|transfer-encoding|x-forwarded-proto|referer|user-agent))"
+                    r":[\t ]*([^\r]*)")
+_ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
+_OUTSIDE_LOG = re.compile(r'[^ !#-\[\]-~]')
+# What is wrong with a head that is not _HEAD: the first that fits.
+_FAULTS = [(re.compile(pattern, re.DOTALL), status, reason) for pattern, status, reason in (
+    (r"\x16", 400, "TLS on the plain HTTP port"),
+    (r"[^\n]{%d}|(?:\r\n)?%s [^\n ]{%d}" % (MAX_TARGET + 64, _TOKEN, MAX_TARGET + 1), 414, "request target too long"),
+    (r".{%d}" % (MAX_HEAD + 1), 431, "request head too long"),
+    (r".*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", 400, "control byte"),
+    (r".*(?:\r(?!\n)|(?<!\r)\n)", 400, "lone CR or LF"),
+    (r"(?:\r\n)?%s [^\r\n ]+ HTTP/(?!1\.)[0-9]+\.[0-9]+\r\n" % _TOKEN, 505, "not HTTP/1"),
+    (r"(?!%s)" % _REQUEST_LINE, 400, "malformed request line"),
+    (r".*\n[\t ]", 400, "folded field line"),
+    (r"", 400, "malformed field line"))]
+_BEGUN = re.compile((_REQUEST_LINE + r"|(?:\r\n)?[^\n]*\Z").encode("latin-1"))
+_LONE_LF = re.compile(rb"(?<!\r)\n")
+
+
+class Refusal(Exception):
+    """A request that gets an error: Refusal(status, reason); no byte of the request is in the reason."""
+
+
+class Answer(NamedTuple):
+    """The response to one request head: `start`, the Date, then `rest`."""
+    start: bytes        # empty: close without a word
+    rest: bytes
+    close: bool         # the connection ends after it,
+    unread: bool        # once what the client still sends has been read and dropped
+    log: str            # its line in the access log, from the request line on
+    refusal: str        # why the request was refused, or ""
+    token: str          # the ACME token whose file is wanted, if there is such a file
+
+
+def _one_server_name(authority: str) -> str:
+    try:
+        return server_name(authority)
+    except HostError:
+        raise Refusal(400, "not one server name and port in Host or target") from None
+
+
+def _has_body(fields: Dict[str, str]) -> bool:
+    """Whether a request's fields announce a body; raises Refusal where they contradict each other (RFC 9112 §6.3)."""
+    length = fields.get("content-length", "0")
+    if not re.fullmatch("[0-9]+", length):
+        raise Refusal(400, "Content-Length is not one number")
+    if "transfer-encoding" in fields and "content-length" in fields:
+        raise Refusal(400, "both Content-Length and Transfer-Encoding")
+    return "transfer-encoding" in fields or length.strip("0") != ""
+
+
+def _target(method: str, target: str, minor: str, fields: Dict[str, str]) -> Tuple[str, str]:
+    """Server name ("": none was sent) and request target (path and query, or "*") of a request; raises Refusal."""
+    if "host" not in fields and minor != "0":
+        raise Refusal(400, "no Host field")
+    name = _one_server_name(fields["host"]) if "host" in fields else ""
+    if method in ("CONNECT", "TRACE"):
+        raise Refusal(405, "method " + method)
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
+    if absolute:        # RFC 9112 §3.2.2: its authority goes before the Host field
+        name, target = _one_server_name(absolute.group(1)), absolute.group(2)
+        target = target if target.startswith("/") else "/" + target
+    if "#" in target or not (target.startswith("/") or target == "*" and method == "OPTIONS"):
+        raise Refusal(400, "request target is not a path")
+    return name, target
+
+
+def _redirect(name: str, target: str, fields: Dict[str, str], rule: RedirectRule) -> str:
+    """The Location for a request; raises Refusal."""
+    if fields.get("x-forwarded-proto", "").partition(",")[0].strip().lower() == "https":
+        raise Refusal(421, LOOP)
+    if not name and not rule.host:
+        raise Refusal(400, "no Host field, and the redirect has no --host")
+    if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
+        raise Refusal(421, "this server name is not served here")
+    return rule.location(name, target)
+
+
+def _log_escape(text: str) -> str:
+    """Printable ASCII without quotes and backslashes; anything else as \\xHH, as nginx writes it."""
+    return _OUTSIDE_LOG.sub(lambda match: "\\x%02X" % ord(match.group()), text)
+
+
+@lru_cache(maxsize=128)     # it is pure, and monitors, load balancers and benchmarks send one head again and again
+def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) -> Answer:
+    """One request head in, one answer out; token_file holds what the ACME token asked for by the head maps to.
+
+    The head ends in its empty line, or is the start of one that is_hopeless().  Nothing is ever decoded: the bytes of a
+    Location come from the rule, from server_name() and, with keep_path, percent-encoded from the request target.
+    """
+    text = head.decode("latin-1")
+    match = _HEAD.fullmatch(text)
+    fields = {}         # type: Dict[str, str]
+    for key, value in _FIELD.findall(text):         # several of one name are a list, RFC 9110 §5.3: two Hosts are no name
+        key, value = key.lower(), value.rstrip("\t ")
+        fields[key] = fields[key] + ", " + value if key in fields else value
+    status, method, location, body, token, refusal = 200, "", "", "OK\n", "", ""
+    try:
+        if not match or len(text) > MAX_HEAD:
+            raise Refusal(*next((status, reason) for fault, status, reason in _FAULTS if fault.match(text)))
+        method, target, minor = match.groups()
+        unread = _has_body(fields)
+        name, target = _target(method, target, minor, fields)
+        close = unread or minor == "0" or "close" in fields.get("connection", "").lower()
+        path = target.partition("?")[0] if method in ("GET", "HEAD") else ""
+        if target == "*":
+            status, body = 204, ""
+        elif rule.acme_dir and path.startswith(ACME_PREFIX):
+            token = path[len(ACME_PREFIX):] if re.fullmatch("[A-Za-z0-9_-]+", path[len(ACME_PREFIX):]) else ""
+            status, body = (404, "") if token_file is None else (200, token_file.decode("latin-1"))
+        elif not rule.health or path != rule.health:
+            status, location = rule.status, _redirect(name, target, fields, rule)
+            body = PAGE.format(title="Object moved", text='This object may be found <a href="%s">here</a>.' % escape(location))
+    except Refusal as refused:
+        status, refusal = refused.args
+        close = unread = True
+        body = PAGE.format(title="%d %s" % (status, PHRASES[status]), text=refusal)
+    rest = "\r\nServer: owahttps\r\n"
+    if location:
+        rest += "Location: %s\r\n" % location
+    if status in (204, 405):
+        rest += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
+    if status != 204:
+        rest += "Content-Type: text/%s; charset=utf-8\r\nContent-Length: %d\r\n" % (
+            "plain" if status in (200, 404) else "html", len(body))
+    if close:
+        rest += "Connection: close\r\n"
+    if method == "HEAD":
+        body = ""
+    line, referer, agent = map(_log_escape, (text.lstrip("\r\n").partition("\r\n")[0][:MAX_TARGET],
+                                             fields.get("referer", "-"), fields.get("user-agent", "-")))
+    log = '"%s" %d %d "%s" "%s"' % (line, status, len(body), referer, agent)
+    start = "" if refusal.startswith("TLS") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
+    return Answer(start.encode(), (rest + "\r\n" + body).encode("latin-1"), close, unread, log, refusal, token)
+
+
+def is_hopeless(buffer: bytes, new: int) -> bool:
+    """Whether a head that is not complete is refused already; only its last `new` bytes have not been looked at before."""
+    if b"\n" in buffer[-new:]:
+        return not _BEGUN.match(buffer) or bool(_LONE_LF.search(buffer, len(buffer) - new)) or len(buffer) > MAX_HEAD
+    return buffer[:1] == b"\x16" or len(buffer) > MAX_HEAD or len(buffer) > MAX_TARGET + 64 and b"\n" not in buffer
+
+
+# ---- The listener ----------------------------------------------------------------------------------------------------
+
+class Log:
+    """Lines for a file descriptor, which a thread of their own writes: a reader that stalls, a pipe that is closed or a
+    disk that is full costs lines, and they are counted, but never a redirect.
+
+    write(line) takes a str that ends in a newline; tell(text) hears of faults.
+    """
+    WAITING = 10000     # lines, some 2 MB
+    SECONDS = 0.01      # that lines gather before they are written in one go
+
+    def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
+        self.fd, self.tell = fd, tell
+        self.lines = deque()    # type: Deque[str]
+        self.lost = 0
+        self._more, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        if len(self.lines) < self.WAITING:
+            self.lines.append(line)
+        else:
+            self.lost += 1
+        if not self._more.is_set():
+            self._more.set()
+
+    def _run(self) -> None:
+        faulty = False
+        while self.lines or not self._closing.is_set():
+            self._more.wait()
+            self._closing.wait(self.SECONDS)
+            self._more.clear()
+            lines = [self.lines.popleft() for _ in range(len(self.lines))]
+            data = "".join(lines).encode("ascii", "backslashreplace")
+            try:
+                while data:
+                    data = data[os.write(self.fd, data):]
+                if self.lost:
+                    self._tell_lost()
+                faulty = False
+            except OSError as error:
+                self.lost += len(lines)
+                if not faulty:
+                    self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
+                faulty = True
+
+    def _tell_lost(self) -> None:
+        lost, self.lost = self.lost, 0
+        self.tell("%d lines of the log were lost" % lost)
+
+    def close(self) -> None:
+        """Write what waits, but do not wait for a reader that stalls."""
+        self._closing.set()
+        self._more.set()
+        self._thread.join(1)
+        self.lost += len(self.lines)
+        if self.lost:
+            self._tell_lost()
+
+
+@lru_cache(maxsize=2)
+def _dates(now: int) -> Tuple[bytes, str]:
+    """A second since the epoch as a Date field (RFC 9110 §5.6.7) and as an access log has it."""
+    return formatdate(now, usegmt=True).encode(), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(now))
+
+
+def read_token(folder: str, token: str) -> Optional[bytes]:
+    """The ACME token's file in this folder; None unless that is a regular file of exactly this name, and no link."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name == token and entry.is_file(follow_symlinks=False):
+                    with open(entry.path, "rb") as file:
+                        return file.read(64 * 1024)
+    except OSError:
+        pass
+    return None
+
+
+class RedirectHandler(BaseHTTPRequestHandler):
+    """Redirects every request of one connection, by the server's `rule`.
+
+    On a blocking socket, as the stock ThreadingHTTPServer has it, handle() serves the connection to its end.  On the
+    non-blocking ones of a RedirectServer it goes as far as the bytes go, and is called again when there are more.
+    The server's `access_log` and `error_log`, where it has them, get lines by write(str).
+    """
+    rule = RedirectRule()       # for a server that has none
+    head_seconds = 10.0         # for a whole request head; also for a client to take its answers
+    idle_seconds = 15.0         # from an answer to the next request
+    drain_seconds = 5.0         # for what the client still sends after its last answer,
+    drain_bytes = 8 << 20       # and how much of that is read
+
+    def setup(self) -> None:
+        self.rule = getattr(self.server, "rule", self.rule)
+        self.access_log, self.error_log = getattr(self.server, "access_log", None), getattr(self.server, "error_log", None)
+        self.blocking = self.request.gettimeout() != 0
+        self.buffer = self.outgoing = b""
+        self.close_connection = self.idle = self.unread = self.draining = self.over = False
+        self.deadline = time.monotonic() + self.head_seconds
+        if self.blocking:
+            self.request.settimeout(self.head_seconds)
+
+    def finish(self) -> None:
+        """Leave the socket to the server, which closes it when the handler is `over`."""
+
+    def handle(self) -> None:
+        self.handle_one_request()
+        while self.blocking and not self.over:
+            self.handle_one_request()
+
+    def handle_one_request(self) -> None:
+        """One step: send what is left to send, or else read once and answer every request that is whole by then."""
+        try:
+            if not self.outgoing:
+                data = self.request.recv(8192)
+                if self.draining or not data:
+                    self.drain_bytes -= len(data)
+                    self.over = not data or self.drain_bytes < 0 or time.monotonic() > self.deadline
+                    return
+                self._answer(data)
+            if self.outgoing:
+                self.outgoing = self.outgoing[self.request.send(self.outgoing):]
+            if self.close_connection and not self.outgoing:
+                self._close()
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:         # the client is gone, or too slow for a blocking socket
+            self.over = True
+
+    def _answer(self, data: bytes) -> None:
+        now = time.monotonic()
+        if self.idle:
+            self.idle, self.deadline = False, now + self.head_seconds
+        buffer, start = self.buffer + data, max(0, len(self.buffer) - 3)
+        answers = []
+        while not self.close_connection:
+            end = buffer.find(b"\r\n\r\n", start) + 4
+            if end < 4:
+                if not is_hopeless(buffer, len(data)):
+                    break
+                end = len(buffer)
+            head, buffer, start = buffer[:end], buffer[end:], 0
+            result = answer(head, self.rule)
+            if result.token:
+                result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
+            date, log_date = _dates(int(time.time()))
+            if result.start:
+                answers.append(result.start + date + result.rest)
+                if self.access_log:
+                    self.access_log.write("%s - - [%s] %s\n" % (self.address_string(), log_date, result.log))
+            if result.refusal:
+                self.log_error("refused: %s", result.refusal)
+            self.close_connection, self.unread = result.close, result.unread
+        self.buffer, self.outgoing = buffer, b"".join(answers)
+        if answers:
+            self.idle, self.deadline = not buffer, now + (self.head_seconds if buffer else self.idle_seconds)
+
+    def _close(self) -> None:
+        """End the connection, but take first what the client still sends: a close before that would reset its answer."""
+        if self.unread or self.buffer:
+            self.request.shutdown(socket.SHUT_WR)
+            self.draining, self.deadline = True, time.monotonic() + self.drain_seconds
+        else:
+            self.over = True
+
+    def address_string(self) -> str:
+        host = str(self.client_address[0])
+        return host[7:] if host.startswith("::ffff:") else host     # an IPv4 client of an IPv6 socket
+
+    def log_error(self, format: str, *args: Any) -> None:
+        """A line for standard error with the client's address, in a form for fail2ban's <HOST>."""
+        if self.error_log:
+            self.error_log.write("[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], self.address_string(), format % args))
+
+
+class _HTTPServer(HTTPServer):
+    """An HTTPServer for addresses of every family; host "" is all of them, in one socket where the system can."""
+    # Windows would let a second server take the port of one that has SO_REUSEADDR.
+    allow_reuse_address = os.name != "nt"
+
+    def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Any, bind_and_activate: bool = True) -> None:
+        host, port = server_address
+        if host == "" and socket.has_ipv6:
+            try:
+                self.address_family = socket.AF_INET6
+                super().__init__(("::", port), RequestHandlerClass, bind_and_activate)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT):
+                    raise
+        info = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+        self.address_family = info[0]
+        super().__init__(info[4][:2], RequestHandlerClass, bind_and_activate)   # type: ignore
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        if os.name == "nt":
+            self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE"), 1)
+        TCPServer.server_bind(self)         # HTTPServer's asks the DNS for a name of its own, which can take seconds
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
+class RedirectServer(_HTTPServer):
+    """An HTTPServer for a RedirectHandler that serves all connections from one thread, with deadlines.
+
+    server_address   (host, port); host "" is every address, IPv6 and IPv4 in one socket where the system can; port 0 is
+                     a free one.  The real address is in the attribute of the same name.
+    max_connections  at the cap, the connection that has waited longest makes room for a new one
+    access_log, error_log   anything with write(str), or None
+
+    serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver; stop() is shutdown()
+    without the wait, for a signal handler.
+    """
+    request_queue_size = 1024
+    grace_seconds = 3.0         # after a stop, for requests that are under way
+    rule = RedirectRule()
+
+    def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
+                 bind_and_activate: bool = True, *, rule: RedirectRule = rule, max_connections: int = 450,
+                 access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
+        self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
+        self._connections = OrderedDict()   # type: OrderedDict[RedirectHandler, int]  # to its events; longest wait first
+        self._stopping, self._stopped = False, threading.Event()
+        self._stopped.set()
+        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        self._stopping = False
+        self._stopped.clear()
+        self.socket.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._accepting = False
+        self._next_sweep = 0.0
+        try:
+            while not self._stopping:
+                self._turn(poll_interval)
+            self._wind_up()
+        finally:
+            for handler in list(self._connections):
+                self._drop(handler)
+            self._selector.close()
+            self._stopped.set()
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def shutdown(self) -> None:
+        self.stop()
+        self._stopped.wait()
+
+    def _wind_up(self) -> None:
+        """Answer what has come so far, then take no more, and let requests that are under way end."""
+        self._turn(0)
+        self._listen(False)
+        self.socket.close()
+        end = time.monotonic() + self.grace_seconds
+        while time.monotonic() < end:
+            for handler in [handler for handler in self._connections if not handler.buffer and not handler.outgoing and not handler.draining]:
+                self._drop(handler)
+            if not self._connections:
+                break
+            self._turn(0.1)
+
+    def _turn(self, timeout: float) -> None:
+        """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
+        for key, _ in self._selector.select(timeout):
+            handler = key.data
+            if handler is None:
+                self._accept()
+                continue
+            try:
+                handler.handle()
+            except Exception:
+                self.handle_error(handler.request, handler.client_address)
+                handler.over = True
+            self._settle(handler)
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            self._next_sweep = now + 0.5
+            for handler in [handler for handler in self._connections if handler.deadline < now]:
+                if handler.buffer:
+                    handler.log_error("refused: no whole request head in %g seconds", handler.head_seconds)
+                self._drop(handler)
+            if not self._stopping:
+                self._listen(True)
+
+    def _listen(self, accepting: bool) -> None:
+        if accepting and not self._accepting:
+            self._selector.register(self.socket, selectors.EVENT_READ)
+        elif self._accepting and not accepting:
+            self._selector.unregister(self.socket)
+        self._accepting = accepting
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            try:
+                request, client_address = self.get_request()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError:         # out of file descriptors or memory: serve those that are here, until the next sweep
+                self._listen(False)
+                return
+            if self.verify_request(request, client_address):
+                self.process_request(request, client_address)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._connections) >= self.max_connections:
+            self._drop(next(iter(self._connections)))
+        try:
+            request.setblocking(False)
+            handler = self.RequestHandlerClass(request, client_address, self)
+        except Exception:
+            self.handle_error(request, client_address)
+            self.close_request(request)
+        else:
+            self._settle(handler)
+
+    def _settle(self, handler: RedirectHandler) -> None:
+        """See to it that the selector waits for what this handler waits for."""
+        events = selectors.EVENT_WRITE if handler.outgoing else selectors.EVENT_READ
+        before = self._connections.get(handler)
+        if handler.over:
+            self._drop(handler)
+        elif before is None:
+            self._selector.register(handler.request, events, handler)
+            self._connections[handler] = events
+        else:
+            if before != events:
+                self._selector.modify(handler.request, events, handler)
+                self._connections[handler] = events
+            if handler.idle:
+                self._connections.move_to_end(handler)
+
+    def _drop(self, handler: RedirectHandler) -> None:
+        if self._connections.pop(handler, None):
+            self._selector.unregister(handler.request)
+        self.close_request(handler.request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One line about the exception under way; it costs that connection and nothing else."""
+        kind, error, trace = sys.exc_info()
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        (self.error_log or sys.stderr).write("[%s] owahttps: %s error in line %d: %s\n" % (
+            _dates(int(time.time()))[1], client_address[0], trace.tb_lineno if trace else 0, _log_escape(repr(error))))
+
+
+# ---- Recipes ---------------------------------------------------------------------------------------------------------
+
+ASP_PAGE = """\
+<%
+      If Request.ServerVariables("SERVER_PORT")={http_port} Then
+         Dim strSecureURL
+         strSecureURL = "https://"
+         strSecureURL = strSecureURL & {server_name}
+         strSecureURL = strSecureURL & "{path}"
+         Response.Redirect strSecureURL
+      End If
+   %>
+"""
+STEPS = """\
+Force SSL for Outlook Web Access 2000 (Exchange 2000 on IIS 5.0), after Microsoft's article Q279681
+
+ 1. Save the ASP page as Owahttps.asp in the folder Inetpub\\Wwwroot\\Owaasp (make the folder).
+    Copy it as it is: SERVER_PORT and SERVER_NAME are variables that IIS fills in, not places for your own values.
+ 2. Open Internet Service Manager.
+ 3. Expand (double-click) the name of the computer.
+ 4. Expand Default Web Site.
+ 5. Right-click the {folder} folder and click Properties.
+ 6. Click the Custom Errors tab.
+ 7. Double-click the 403.4 error code (it reads 403;4).
+ 8. In the Message Type list, select URL.
+ 9. In the URL field, type /owaasp/owahttps.asp
+10. Click OK.
+11. Click the Directory Security tab.
+12. Under Secure Communications, click Edit.
+13. Select the Require secure channel (SSL) check box (and Require 128-bit encryption, if clients must have it).
+    Only the {folder} folder needs this setting for OWA to require SSL. Wherever else you set it, the OWAasp folder must
+    stay without it, since the page is asked for over plain HTTP.
+14. Click OK.
+15. Click OK.
+16. At a command prompt, type: net stop iisadmin /y   (or restart the server instead)
+    Note which services it stops: with Exchange 2000, all Exchange services stop together with IIS.
+17. Start every service that was stopped.
+18. Test: http://HOST/ and http://HOST{path} must both land on https. From another machine: owahttps.py check HOST
+"""
+PITFALLS = """\
+Not in the article, from the field:
+ - Behind a load balancer that ends TLS every request comes to port {http_port}: an endless redirect. Redirect there instead.
+ - On any other port than {http_port} the page does nothing: an empty page with status 200. See --http-port.
+ - SERVER_NAME is what the user typed, and the certificate may not name it. --host fixes the name.
+ - Deep links are lost: everybody lands on {path}. A form that was posted has crossed the wire in clear already.
+ - Without a certificate on the site, Require secure channel gives 403 for everything.
+ - Exchange copies its own settings over IIS's within 15 minutes: test again after that.
+ - Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.
+These steps were not run on Windows by owahttps's authors; the page and the labels are the article's.
+"""
+
+
+def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
+    """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError for what it cannot express."""
+    for wrong, reason in ((rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
+                          (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
+                          (rule.allow_hosts, "--allow-host: it has no list of names; use --host")):
+        if wrong:
+            raise RuleError("the ASP page cannot express " + reason)
+    name = '"%s"' % rule.host if rule.host else 'Request.ServerVariables("SERVER_NAME")'
+    port = "" if rule.https_port == 443 else ":%d" % rule.https_port
+    return ASP_PAGE.format(http_port=http_port, server_name=name, path=port + rule.path)
+
+
+class Part(NamedTuple):
+    """A part of a recipe; with a file name, it is a file as well."""
+    name: str
+    text: str
+    file: str = ""
+    newline: str = "\n"
+
+
+def exchange2000(rule: RedirectRule, http_port: int) -> List[Part]:
+    folder = rule.path.split("/")[1]
+    if not folder:
+        raise RuleError("the steps need a virtual directory in --path, such as /exchange, not %a" % rule.path)
+    values = dict(folder="Exchange" if folder == "exchange" else folder, path=rule.path, http_port=http_port)
+    return [Part("asp", asp_page(rule, http_port), "Owahttps.asp", "\r\n"), Part("steps", STEPS.format(**values)),
+            Part("pitfalls", PITFALLS.format(**values))]
+
+
+# ---- The stub --------------------------------------------------------------------------------------------------------
+
+# For loopback alone: everybody has this key.  No CA, so that whoever trusts it trusts it for localhost and nothing else.
+#   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -keyout - \
+#     -not_before 20000101000000Z -not_after 99991231235959Z -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
+#     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature -addext extendedKeyUsage=serverAuth
+STUB_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgPg9gSjXLilqfI48Z
+3aejFfbNOGVHapY4S48cdggd4BOhRANCAAS0RPTilCMeOnSSj6llxqGl7AeIulHe
+loXMiYnlyXDVcLGkvoZygjr5hTrlYHNVW+u79pX1O9uWwtRyM/DHNdhx
+-----END PRIVATE KEY-----
+"""
+STUB_CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIB0jCCAXegAwIBAgIURCE1NBo91cy+PA5tW9IdT3iwE4MwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAwMFoYDzk5OTkxMjMx
+MjM1OTU5WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAS0RPTilCMeOnSSj6llxqGl7AeIulHeloXMiYnlyXDVcLGkvoZygjr5
+hTrlYHNVW+u79pX1O9uWwtRyM/DHNdhxo4GkMIGhMB0GA1UdDgQWBBTnctLm3qw7
+NTZ0AJjIra2tZSqRaDAfBgNVHSMEGDAWgBTnctLm3qw7NTZ0AJjIra2tZSqRaDAs
+BgNVHREEJTAjgglsb2NhbGhvc3SHBH8AAAGHEAAAAAAAAAAAAAAAAAAAAAEwDAYD
+VR0TAQH/BAIwADAOBgNVHQ8BAf8EBAMCB4AwEwYDVR0lBAwwCgYIKwYBBQUHAwEw
+CgYIKoZIzj0EAwIDSQAwRgIhAJ+6lo+k8WkF9eOzHKBGkvcgEPs+pVWZvjoZt384
+1h6DAiEA/Oeh0Rml3EZy2IBJdlngiyKm4y9qiP1GyyqHPiz5/1g=
+-----END CERTIFICATE-----
+"""
+STUB_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  :root {{ color-scheme: light dark; --line: #8884; --good: #0a7d33; }}
+  @media (prefers-color-scheme: dark) {{ :root {{ --good: #5fd38d; }} }}
+  body {{ font: 1.05rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1.2rem; }}
+  h1 {{ font-size: 1.5rem; color: var(--good); }}
+  li {{ margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .5rem; list-style: none; }}
+  ol {{ padding: 0; }}
+  code {{ display: block; margin-top: .3rem; font-size: .95rem; overflow-wrap: anywhere; white-space: pre-wrap; }}
+</style>
+<h1>{title}</h1>
+<ol>
+{steps}</ol>
+</html>
+"""
+
+
+class StubHandler(BaseHTTPRequestHandler):
+    """Stands for Outlook Web Access: a page that tells how the browser came here."""
+    server_version, sys_version = "owahttps-stub", ""
+    timeout = 10
+
+    def page(self) -> Tuple[int, str, List[Tuple[str, str]]]:
+        """Status, title, and what happened: a sentence and its detail each."""
+        return 200, "You are on HTTPS", self.server.story() + [     # type: ignore
+            ("This page came over a secure channel.", "%s, %s" % (self.connection.version(), self.connection.cipher()[0]))]
+
+    def do_GET(self) -> None:
+        status, title, steps = self.page()
+        page = STUB_PAGE.format(title=title, steps="".join(
+            "<li>%s<code>%s</code>\n" % (escape(sentence), escape(detail)) for sentence, detail in steps)).encode()
+        self.send_response(status)
+        for name, value in getattr(self.server, "fields", []):
+            self.send_header(name, value)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class StubServer(ThreadingMixIn, _HTTPServer):
+    """HTTPS with this certificate and key, or with the embedded ones, which are for loopback addresses alone.
+
+    story() tells what happened before, for the page: [(sentence, detail), ...].
+    """
+    daemon_threads = True
+
+    def __init__(self, server_address: Tuple[str, int], certificate: str = "", key: str = "",
+                 story: Callable[[], List[Tuple[str, str]]] = list) -> None:
+        self.story = story
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if certificate:
+            self.fields = []    # type: List[Tuple[str, str]]
+            self.context.load_cert_chain(certificate, key or None)
+        else:
+            if not ip_address(server_address[0]).is_loopback:
+                raise RuleError("%s is not a loopback address: the embedded certificate is no secret" % server_address[0])
+            # No browser keeps it: RFC 6797 §8.1 ignores the field where the certificate is not trusted.
+            self.fields = [("Strict-Transport-Security", "max-age=31536000")]
+            with tempfile.TemporaryDirectory() as folder:       # ssl takes a key from a file alone
+                name = os.path.join(folder, "stub.pem")
+                with open(name, "w") as file:
+                    file.write(STUB_KEY + STUB_CERTIFICATE)
+                self.context.load_cert_chain(name)
+        super().__init__(server_address, StubHandler)
+
+    def get_request(self) -> Tuple[Any, Any]:
+        request, client_address = super().get_request()     # the handshake is left to the handler's thread
+        return self.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False), client_address
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a browser that does not trust the certificate breaks off, and asks its user."""
+
+
+# ---- The check -------------------------------------------------------------------------------------------------------
+
+MAX_HOPS = 5
+MAX_ANSWER = 64 * 1024      # bytes that are read of one response
+HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
+SEVERITIES = ("ok", "note", "warning", "unknown", "critical")
+EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "critical": 2, "unknown": 3}    # the monitoring world's
+# What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), what was seen
+# and what to do.
+FINDINGS = {id: (severity, " ".join(text.split())) for severity, id, text in re.findall(r"^(\w+) +(\S+): (.*(?:\n .*)*)", """\
+ok       redirection-to-https: {url} goes to {location}
+ok       redirection-not-needed-no-http: {origin} is closed and HTTPS answers: nothing is left to redirect
+unknown  host-unknown: {host} has no address to ask: {error}
+critical http-no-answer: {url} gives no answer: {error}
+critical http-garbled: {url} does not answer in HTTP: see what listens there
+critical domain.tls.cannot_connect: HTTPS at {origin} does not answer ({error}): start it, or correct the redirect
+critical redirection-missing: {url} answers {status} in clear: redirect it to https
+critical iis-403.4: {url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 (Custom Errors, 403;4) are
+    not done
+critical iis-asp-port-test: {url} answers an empty 200, as Owahttps.asp does on a port that it does not test: correct
+    the SERVER_PORT in its first line (owahttps.py generate --http-port)
+critical redirection-not-to-https-on-initial-redirection: {url} first leads to {location}: lead to https at once
+critical redirection-not-to-https: {url} ends at {location}: it must end on https
+warning  redirection-off-host-from-http: {url} first leads to another host, {location}: lead to https on the same host
+    first
+critical redirects.insecure.subsequent: {url} leads back to plain HTTP, {location}
+warning  redirects.too_many: {url} takes {count} hops: lead to the last one at once
+critical redirects.too_many.loop: {url} comes back to itself: an endless redirect. Behind a load balancer that ends
+    TLS, redirect there and not on the server
+critical proxy-loop: {url} answers 421: the proxy that ends TLS sends HTTPS traffic to the redirect. Send it to the
+    application
+critical redirects.http.first_redirect.invalid: {url} answers {status} with no usable Location ({location})
+warning  redirection-relative: {url} has the relative Location {location}, which stays on its scheme: make it absolute
+note     redirection-temporary: {url} answers {status}; once HTTPS is settled, RFC 6797 recommends a permanent redirect
+critical location-keeps-plain-port: {url} sends the plain port to https, {location}: drop it from the host
+critical rule-mismatch: {url} answers {status} {location}, not {expected}
+critical redirection-invalid-cert.expired: the certificate of {origin} expired {date}: renew it
+critical redirection-invalid-cert.not-yet-valid: the certificate of {origin} begins {date}: look at both clocks
+critical redirection-invalid-cert.name: the certificate of {origin} does not name {host}: get one that does, or
+    redirect to a name it has (--host)
+critical redirection-invalid-cert.self-signed: the certificate of {origin} is self-signed: get one from an authority
+critical redirection-invalid-cert.chain: the certificate of {origin} does not lead to a trusted authority: send the
+    intermediate certificates, or give --ca-file
+warning  cert-expires-soon: the certificate of {origin} expires {date}, in {days} days: renew it
+warning  response.no_header: {url} sends no Strict-Transport-Security: a browser will try http:// first again
+warning  header.preloadable.max_age.too_low: {url} has a Strict-Transport-Security max-age of {age} s, under half a year
+note     header.preloadable.max_age.below_1_year: {url} has a Strict-Transport-Security max-age of {age} s, under a year
+warning  redirects.http.useless_header: {url} sends Strict-Transport-Security in clear, where browsers must ignore it
+warning  cookie-over-http: {url} sets a cookie in clear: anybody on the way reads it
+warning  cookie-without-secure: {url} sets a cookie without Secure: browsers send it in clear too
+warning  host-reflected: {url} puts a forged Host into its Location ({location}): check the Host before using it
+""", re.MULTILINE)}
+
+
+class Finding(NamedTuple):
+    id: str             # a key of FINDINGS
+    severity: str       # one of SEVERITIES
+    text: str           # printable ASCII: what was seen, and what to do
+
+
+class Url(NamedTuple):
+    scheme: str
+    name: str           # as server_name() gives it
+    port: int
+    target: str
+
+    def __str__(self) -> str:
+        port = "" if self.port == (443 if self.scheme == "https" else 80) else ":%d" % self.port
+        return "%s://%s%s%s" % (self.scheme, self.name, port, self.target)
+
+
+class Response(NamedTuple):
+    status: int
+    fields: List[Tuple[str, str]]       # names in lower case
+    body: str
+
+    def field(self, name: str) -> Optional[str]:
+        return next((value for key, value in self.fields if key == name), None)
+
+
+class Hop(NamedTuple):
+    url: str
+    status: int         # 0: no answer
+    location: str
+    milliseconds: int
+
+
+class Report(NamedTuple):
+    """What check() found: a severity, the worst one of its findings; every request that was answered; the findings."""
+    target: str
+    severity: str
+    hops: List[Hop]
+    findings: List[Finding]
+
+
+def parse_url(text: str) -> Url:
+    """An absolute http or https URL; ValueError where a strict reader would refuse it."""
+    match = re.fullmatch(r"(?i)(https?)://([^/?#]*)([!-~]*)", text)
+    if not match:
+        raise ValueError("%a is not an http or https URL" % text[:300])
+    scheme, target = match.group(1).lower(), match.group(3).partition("#")[0]
+    port = re.sub(r"^(.*\]|[^:]*):?", "", match.group(2))
+    return Url(scheme, server_name(match.group(2)), int(port or (443 if scheme == "https" else 80)),
+               target if target.startswith("/") else "/" + target)
+
+
+def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext], host: str, seconds: float) -> Response:
+    """GET url from address, with this Host field, in so many seconds at the most; no cookie, no credential, no body.
+
+    Raises OSError (no connection, no answer in time, TLS) or ValueError (an answer that is no HTTP/1).
+    """
+    deadline = time.monotonic() + seconds
+    data = b""
+    with socket.create_connection(address, seconds) as plain, (
+            context.wrap_socket(plain, server_hostname=url.name.strip("[]")) if context else plain) as sock:
+        sock.sendall(("GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: owahttps/%s\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+                      % (url.target, host, __version__)).encode("latin-1"))
+        try:
+            while len(data) < MAX_ANSWER:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                chunk = sock.recv(16 * 1024)
+                if not chunk:
+                    break
+                data += chunk
+        except OSError:
+            if b"\r\n\r\n" not in data:
+                raise
+    if not data:
+        raise ConnectionError("closed without an answer")
+    head, _, body = data.decode("latin-1").partition("\r\n\r\n")
+    line, *lines = head.split("\r\n")
+    match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
+    if not match:
+        raise ValueError("no HTTP/1 status line")
+    fields = [(name.lower(), value.strip("\t ")) for name, colon, value in (text.partition(":") for text in lines) if colon]
+    return Response(int(match.group(1)), fields, body)
+
+
+class _Handshake(NamedTuple):
+    """What one TLS handshake came to: OpenSSL's verify code (0: trusted), the certificate, and its fields if trusted."""
+    code: int
+    der: bytes
+    fields: Dict[str, Any]
+
+
+def _handshake(url: Url, address: Tuple[str, int], context: ssl.SSLContext, seconds: float) -> _Handshake:
+    with socket.create_connection(address, seconds) as plain:
+        try:
+            with context.wrap_socket(plain, server_hostname=url.name.strip("[]")) as sock:
+                return _Handshake(0, sock.getpeercert(True) or b"", sock.getpeercert() or {})
+        except ssl.CertificateError as error:       # Python 3.6 has no code, and this for the name alone
+            return _Handshake(getattr(error, "verify_code", 62), b"", {})
+        except ssl.SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                raise
+            return _Handshake(-1, b"", {})
+
+
+class _SiteCheck:
+    """The check of one site at one address: its requests, what came of them, and the findings."""
+
+    def __init__(self, site: Url, address: Tuple[str, int], expected: Dict[str, Any], trust: Dict[str, Any], seconds: float):
+        self.site, self.address, self.expected, self.trust, self.seconds = site, address, expected, trust, seconds
+        self.rule = RedirectRule(**expected)
+        self.findings = OrderedDict()   # type: OrderedDict[Finding, None]
+        self.hops = []                  # type: List[Hop]
+        self._answers = {}              # type: Dict[Url, Optional[Response]]
+        self._contexts = {}             # type: Dict[Tuple[str, int], Optional[ssl.SSLContext]]
+
+    def found(self, id: str, **values: Any) -> None:
+        """Add a finding; what is fine is said once, what is not for every URL."""
+        severity, text = FINDINGS[id]
+        if severity not in ("ok", "note") or id not in (finding.id for finding in self.findings):
+            values = {key: _log_escape(str(value)[:300]) for key, value in values.items()}
+            self.findings[Finding(id, severity, text.format(**values))] = None
+
+    def _address(self, url: Url) -> Tuple[str, int]:
+        if url.name != self.site.name:
+            return url.name.strip("[]"), url.port
+        return self.address[0], self.address[1] if url[:3] == self.site[:3] else url.port
+
+    def _context(self, url: Url) -> Optional[ssl.SSLContext]:
+        """The TLS context for this origin, after a look at its certificate; None if HTTPS does not answer there."""
+        origin = url.name, url.port
+        if origin not in self._contexts:
+            try:
+                self._contexts[origin] = self._look_at_certificate(url)
+            except OSError as error:
+                self._contexts[origin] = None
+                self.found("domain.tls.cannot_connect", origin="https://%s:%d" % origin, error=_reason(error))
+        return self._contexts[origin]
+
+    def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
+        values = dict(origin="https://%s:%d" % url[1:3], host=url.name)     # type: Dict[str, Any]
+        address, now = self._address(url), time.time()
+        verified = ssl.create_default_context(**self.trust)
+        first = _handshake(url, address, verified, self.seconds)
+        if not first.code:
+            end = ssl.cert_time_to_seconds(first.fields["notAfter"])
+            if end - now < 14 * 86400:
+                self.found("cert-expires-soon", date=first.fields["notAfter"], days=int((end - now) / 86400), **values)
+            return verified
+        blind = ssl.create_default_context(**self.trust)
+        blind.check_hostname, blind.verify_mode = False, ssl.CERT_NONE
+        der = _handshake(url, address, blind, self.seconds).der
+        # Validity: the first two times in the certificate, RFC 5280 §4.1.2.5; OpenSSL says nothing of an untrusted one.
+        begin, end = [calendar.timegm(time.strptime(("20" if len(text) == 13 else "") + text, "%Y%m%d%H%M%SZ")) for text in (
+            (short or long).decode() for short, long in re.findall(rb"\x17\x0d([0-9]{12}Z)|\x18\x0f([0-9]{14}Z)", der)[:2])]
+        for id, when, wrong in ((".expired", end, end < now), (".not-yet-valid", begin, begin > now)):
+            if wrong:
+                self.found("redirection-invalid-cert" + id, date=time.strftime("%Y-%m-%d", time.gmtime(when)), **values)
+        # Twice more, each time with one question: with itself as its anchor, is it the name?  Without the name, the chain?
+        anchored = ssl.create_default_context(cadata=der)
+        anchored.verify_flags |= 0x80000    # X509_V_FLAG_PARTIAL_CHAIN
+        itself = _handshake(url, address, anchored, self.seconds)
+        if itself.code == 62:
+            self.found("redirection-invalid-cert.name", **values)
+        verified.check_hostname = False
+        code = _handshake(url, address, verified, self.seconds).code
+        if code and begin <= now <= end or code not in (0, 9, 10, -1):
+            self_signed = code == 18 or itself.fields and itself.fields["issuer"] == itself.fields["subject"]
+            self.found("redirection-invalid-cert." + ("self-signed" if self_signed else "chain"), **values)
+        return blind
+
+    def _ask(self, url: Url) -> Optional[Response]:
+        """The response to url, asked for once; None, and a finding, if none came."""
+        if url in self._answers:
+            return self._answers[url]
+        self._answers[url] = response = None
+        context = self._context(url) if url.scheme == "https" else None
+        start = time.monotonic()
+        if context or url.scheme == "http":
+            try:
+                self._answers[url] = response = fetch(url, self._address(url), context, str(url).split("/")[2], self.seconds)
+            except OSError as error:
+                self.found("http-no-answer", url=url, error=_reason(error))
+            except ValueError:
+                self.found("http-garbled", url=url)
+        location = response.field("location") if response else ""
+        self.hops.append(Hop(str(url), response.status if response else 0, _log_escape((location or "")[:2000]),
+                             int(1000 * (time.monotonic() - start))))
+        if response:
+            self._judge_fields(url, response)
+        return response
+
+    def _judge_fields(self, url: Url, response: Response) -> None:
+        for cookie in (value for key, value in response.fields if key == "set-cookie"):
+            if url.scheme == "http":
+                self.found("cookie-over-http", url=url)
+            elif not re.search(r"(?i);[\t ]*secure[\t ]*(;|$)", cookie):
+                self.found("cookie-without-secure", url=url)
+        hsts = response.field("strict-transport-security")
+        if url.scheme == "http" and hsts is not None:
+            self.found("redirects.http.useless_header", url=url)
+        elif url.scheme == "https" and url.name == self.site.name and hsts is None:
+            self.found("response.no_header", url=url)
+        elif url.scheme == "https" and hsts is not None:
+            match = re.search(r'(?i)(?:^|;)[\t ]*max-age[\t ]*=[\t ]*"?([0-9]+)', hsts)
+            age = int(match.group(1)) if match else 0
+            if age < YEAR:
+                self.found("header.preloadable.max_age." + ("too_low" if age < HALF_YEAR else "below_1_year"), url=url, age=age)
+
+    def _next(self, url: Url, response: Response) -> Optional[Url]:
+        """Where this redirect leads; None, and a finding, if nowhere."""
+        location = response.field("location") or ""
+        try:
+            following = parse_url(urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else "")
+        except ValueError:
+            self.found("redirects.http.first_redirect.invalid", url=url, status=response.status, location=location or "none")
+            return None
+        if not re.match("(?i)https?://", location):
+            self.found("redirection-relative", url=url, location=location)
+        return following
+
+    def _follow(self, start: Url) -> None:
+        """Ask for start, go where it leads, and judge every hop."""
+        url, seen = start, []       # type: Url, List[Url]
+        while True:
+            response = self._ask(url)
+            if not response:
+                return
+            if response.status not in (301, 302, 303, 307, 308):
+                break
+            following = self._next(url, response)
+            if not following:
+                return
+            if not seen:
+                self._judge_first(url, response, following)
+            elif following.scheme == "http":
+                self.found("redirects.insecure.subsequent", url=url, location=following)
+            seen.append(url)
+            url = following
+            if url in seen:
+                self.found("redirects.too_many.loop", url=url)
+                return
+            if len(seen) > MAX_HOPS:
+                break
+        if len(seen) > 3:
+            self.found("redirects.too_many", url=start, count=len(seen))
+        if url.scheme == "https" and response.status == 421:
+            self.found("proxy-loop", url=url)
+        elif seen and url.scheme != "https":
+            self.found("redirection-not-to-https", url=start, location=url)
+        elif not seen:
+            self._judge_missing(url, response)
+
+    def _judge_missing(self, url: Url, response: Response) -> None:
+        if response.status == 403 and re.search("403[.;]4|secured? (with|channel)", response.body):
+            self.found("iis-403.4", url=url)
+        elif response.status == 200 and not response.body and "IIS" in (response.field("server") or ""):
+            self.found("iis-asp-port-test", url=url)
+        else:
+            self.found("redirection-missing", url=url, status=response.status)
+
+    def _judge_first(self, url: Url, response: Response, following: Url) -> None:
+        values = dict(url=url, location=following, status=response.status)     # type: Dict[str, Any]
+        if following.scheme != "https":
+            self.found("redirection-not-to-https-on-initial-redirection", **values)
+            return
+        if following.port == url.port and url.port != self.rule.https_port:
+            self.found("location-keeps-plain-port", **values)
+        expected = following
+        if "path" in self.expected or self.expected.get("keep_path"):
+            expected = parse_url(self.rule.location(url.name, url.target))
+        expected = expected._replace(name=self.rule.host or url.name,
+                                     port=self.expected.get("https_port", following.port))
+        if expected.name != following.name and not self.rule.host:
+            self.found("redirection-off-host-from-http", **values)
+        elif expected != following or response.status != self.expected.get("status", response.status):
+            self.found("rule-mismatch", expected="%d %s" % (self.expected.get("status", response.status), expected), **values)
+        else:
+            self.found("redirection-to-https", **values)
+        if response.status in (302, 303, 307) and "status" not in self.expected:
+            self.found("redirection-temporary", **values)
+
+    def _try_forged_host(self) -> None:
+        """RFC 9110 §7.2: a Host that is no host must not come back in a Location."""
+        try:
+            response = fetch(self.site, self.address, None, self.site.name + "@forged.invalid", self.seconds)
+        except (OSError, ValueError):
+            return
+        location = response.field("location") or ""
+        if "forged.invalid" in location:
+            self.found("host-reflected", url=self.site, location=location)
+
+    def run(self) -> None:
+        try:
+            socket.create_connection(self.address, self.seconds).close()
+        except OSError:
+            secure = self.site._replace(scheme="https", port=self.rule.https_port)
+            if self._context(secure):
+                self._ask(secure)
+                self.found("redirection-not-needed-no-http", origin="http://%s:%d" % self.site[1:3])
+            return
+        for target in ("/", self.rule.path, self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb"):
+            self._follow(self.site._replace(target=target))
+        if self._answers.get(self.site):
+            self._try_forged_host()
+
+
+def _reason(error: OSError) -> str:
+    return "no answer in time" if isinstance(error, socket.timeout) else error.strerror or str(error)
+
+
+def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str = "", family: int = 0,
+          trust: Optional[Dict[str, Any]] = None, seconds: float = 10.0) -> Report:
+    """Ask whether plain HTTP at target (a host name, host:port or http URL) is redirected right, and report.
+
+    expected  fields of RedirectRule that must hold; of the others, what the site does is right
+    connect   "host:port" to ask instead, for the same name; a port of its own is for plain HTTP alone
+    family    socket.AF_INET or AF_INET6; 0 is both, and the worst of all addresses counts
+    trust     cafile, capath or cadata of ssl.create_default_context(); none: the system's authorities
+    seconds   for each request, of which there are at most some 20 an address
+
+    Never raises for what a server does; ValueError for a target that is none, RuleError for an expected rule that is none.
+    """
+    site = parse_url(target if "://" in target else "http://" + target)
+    if site.scheme != "http":
+        raise ValueError("%a is not plain HTTP: ask for the http URL" % target[:300])
+    site = site._replace(target="/")
+    ask = parse_url("http://" + connect) if connect else site
+    findings = OrderedDict()    # type: OrderedDict[Finding, None]
+    hops = []                   # type: List[Hop]
+    try:
+        addresses = {info[4][:2] for info in socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)}
+    except OSError as error:
+        addresses = set()
+        severity, text = FINDINGS["host-unknown"]
+        findings[Finding("host-unknown", severity, text.format(host=ask.name, error=_reason(error)))] = None
+    for host, port in sorted(addresses):
+        probe = _SiteCheck(site, (str(host), int(port)), expected or {}, trust or {}, seconds)
+        probe.run()
+        hops += probe.hops
+        for finding in probe.findings:
+            where = " [at %s]" % host if len(addresses) > 1 and finding.severity != "ok" else ""
+            findings[finding._replace(text=finding.text + where)] = None
+    worst = max((finding.severity for finding in findings), key=SEVERITIES.index)
+    return Report(target, worst, hops, list(findings))
+
+
+# ---- The self-test ---------------------------------------------------------------------------------------------------
+
+# Requests to the byte, and what must come back: "STATUS Location" for each answer, "closed" for none; "400|505" is either.
+# $ is CR LF, HOST is "Host: mail.example.com", TO is https://mail.example.com, & is "Connection: close" and the empty line,
+# (x*9) is xxxxxxxxx.  [FIELD] is the field of the rule without which the case says nothing, [no FIELD] the one with which.
+CASES = r"""
+GET                                          | 302 TO/exchange | GET / HTTP/1.1$HOST$&
+HEAD has no body                             | 302 TO/exchange | HEAD / HTTP/1.1$HOST$&
+POST with a body, answered once              | 302 TO/exchange |
+    POST / HTTP/1.1$HOST$Content-Length: 29$&GET /smuggled HTTP/1.1$$12345
+chunked body, answered once                  | 302 TO/exchange |
+    POST / HTTP/1.1$HOST$Transfer-Encoding: chunked$&5$GET /$0$$
+PROPFIND, as WebDAV has it                   | 302 TO/exchange | PROPFIND / HTTP/1.1$HOST$&
+unknown method                               | 302 TO/exchange | OWA-2000 / HTTP/1.1$HOST$&
+CONNECT                                      | 405             | CONNECT mail.example.com:443 HTTP/1.1$HOST$&
+TRACE                                        | 405             | TRACE / HTTP/1.1$HOST$&
+OPTIONS *                                    | 204             | OPTIONS * HTTP/1.1$HOST$&
+GET *                                        | 400             | GET * HTTP/1.1$HOST$&
+Expect: 100-continue gets the final answer   | 302 TO/exchange |
+    PUT / HTTP/1.1$HOST$Expect: 100-continue$Content-Length: 9$&
+Host with a port                             | 302 TO/exchange | GET / HTTP/1.1$Host: mail.example.com:8080$&
+Host in capitals                             | 302 TO/exchange | GET / HTTP/1.1$Host: MAIL.Example.COM$&
+Host with a trailing dot                     | 302 TO/exchange | GET / HTTP/1.1$Host: mail.example.com.$&
+Host with two trailing dots                  | 400             | GET / HTTP/1.1$Host: mail.example.com..$&
+IPv4 Host                                    | 302 https://192.0.2.7/exchange | GET / HTTP/1.1$Host: 192.0.2.7:8080$&
+IPv6 Host                                    | 302 https://[2001:db8::1]/exchange |
+    GET / HTTP/1.1$Host: [2001:DB8::1]:8080$&
+Punycode Host                                | 302 https://xn--bcher-kva.example/exchange |
+    GET / HTTP/1.1$Host: xn--bcher-kva.example$&
+IPv6 Host with a zone                        | 400             | GET / HTTP/1.1$Host: [fe80::1%25eth0]$&
+IPv6 Host without brackets                   | 400             | GET / HTTP/1.1$Host: ::1$&
+IPv6 Host that is none                       | 400             | GET / HTTP/1.1$Host: [1::2::3]$&
+Host that ends in a number, but is no IPv4 address | 400             | GET / HTTP/1.1$Host: mail.256$&
+Host beyond ASCII                            | 400             | GET / HTTP/1.1$Host: b\xfccher.example$&
+Host with a label of 64                      | 400             | GET / HTTP/1.1$Host: (a*64).example$&
+Host of 254 characters                       | 400             | GET / HTTP/1.1$Host: (a.*126)ab$&
+Host port 0                                  | 400             | GET / HTTP/1.1$Host: mail.example.com:0$&
+Host port 65536                              | 400             | GET / HTTP/1.1$Host: mail.example.com:65536$&
+Host port that is no number                  | 400             | GET / HTTP/1.1$Host: mail.example.com:80a$&
+empty Host                                   | 400             | GET / HTTP/1.1$Host: $&
+no Host, HTTP/1.1                            | 400             | GET / HTTP/1.1$&
+no Host, HTTP/1.0 [no host]                  | 400             | GET / HTTP/1.0$$
+no Host, HTTP/1.0, with a fixed host [host]  | 302 TO/exchange | GET / HTTP/1.0$$
+no Host, HTTP/1.1, with a fixed host [host]  | 400             | GET / HTTP/1.1$&
+two Hosts, equal                             | 400             | GET / HTTP/1.1$HOST$HOST$&
+two Hosts                                    | 400             | GET / HTTP/1.1$HOST$Host: evil.example$&
+folded field line                            | 400             | GET / HTTP/1.1$HOST$X-Folded: a$ b$&
+folded Host                                  | 400             | GET / HTTP/1.1$HOST$ evil.example$&
+lone CR in the head                          | 400 |
+    GET / HTTP/1.1$HOST$X: a\rLocation: https://evil.example$&
+lone LF in the head                          | 400             | GET / HTTP/1.1$HOST$X: a\nY: b$&
+lone LF at every line's end                  | 400             | GET / HTTP/1.1\nHost: mail.example.com\n\n
+NUL in the head                              | 400             | GET / HTTP/1.1$HOST$X: a\0b$&
+DEL in the head                              | 400             | GET / HTTP/1.1$HOST$X: a\x7fb$&
+space before the colon                       | 400             | GET / HTTP/1.1$Host : mail.example.com$$
+field line without a colon                   | 400             | GET / HTTP/1.1$HOST$nonsense$&
+absolute form goes before Host [no keep_path] | 302 TO/exchange |
+    GET http://mail.example.com:8080/x HTTP/1.1$Host: other.example$&
+absolute form without a path                 | 302 TO/exchange | GET http://mail.example.com HTTP/1.1$HOST$&
+absolute form with userinfo                  | 400             | GET http://good@evil.example/ HTTP/1.1$HOST$&
+absolute form, other scheme                  | 400             | GET ftp://mail.example.com/ HTTP/1.1$HOST$&
+target .evil.example                         | 400             | GET .evil.example HTTP/1.1$HOST$&
+target @evil.example                         | 400             | GET @evil.example HTTP/1.1$HOST$&
+target with a fragment                       | 400             | GET /a#b HTTP/1.1$HOST$&
+space in the target                          | 400             | GET /a b HTTP/1.1$HOST$&
+HTTP/0.9                                     | 400|505         | GET /$
+HTTP/2 preface                               | 400|505         | PRI * HTTP/2.0$$SM$$
+HTTP/3.7                                     | 400|505         | GET / HTTP/3.7$HOST$&
+TLS ClientHello                              | closed          | \x16\x03\x01\0\xa5\x01\0\0\xa1\x03\x03(\0*160)
+one leading empty line                       | 302 TO/exchange | $GET / HTTP/1.1$HOST$&
+Content-Length and Transfer-Encoding         | 400 |
+    POST / HTTP/1.1$HOST$Content-Length: 5$Transfer-Encoding: chunked$&0$$
+two Content-Lengths                          | 400 |
+    GET / HTTP/1.1$HOST$Content-Length: 0$Content-Length: 5$&
+target of 9,000 bytes                        | 414             | GET /(a*9000) HTTP/1.1$HOST$&
+head of 40,000 bytes                         | 431             | GET / HTTP/1.1$HOST$(X: (a*4000)$*10)&
+pipelined requests, answered in order        | 302 TO/exchange, 302 https://192.0.2.7/exchange |
+    GET / HTTP/1.1$HOST$$GET / HTTP/1.1$Host: 192.0.2.7$&
+X-Forwarded-Proto: https, a loop             | 421             | GET / HTTP/1.1$HOST$X-Forwarded-Proto: https$&
+X-Forwarded-Host is ignored                  | 302 TO/exchange | GET / HTTP/1.1$HOST$X-Forwarded-Host: evil.example$&
+ACME challenge keeps its path [no acme_dir]  | 302 TO/.well-known/acme-challenge/a-Token_1 |
+    GET /.well-known/acme-challenge/a-Token_1 HTTP/1.1$HOST$&
+path //evil.example stays a path [keep_path] | 302 TO//evil.example/x | GET //evil.example/x HTTP/1.1$HOST$&
+path and query, byte for byte [keep_path]    | 302 TO/%0d%0aA:b/%2F%00/../x? |
+    GET /%0d%0aA:b/%2F%00/../x? HTTP/1.1$HOST$&
+outside the URL's grammar is encoded [keep_path] | 302 TO/%5Cevil%22%3C%3E%E9 | GET /\\evil"<>\xe9 HTTP/1.1$HOST$&
+name that is not allowed [allow_hosts]       | 421             | GET / HTTP/1.1$Host: other.example$&
+name that is not allowed, nor a name [allow_hosts] | 400             | GET / HTTP/1.1$Host: evil#x.mail.example.com$&
+health check [health]                        | 200             | GET /health HTTP/1.1$HOST$&
+ACME token [acme_dir]                        | 200 |
+    GET /.well-known/acme-challenge/a-Token_1 HTTP/1.1$HOST$&
+ACME token that is none [acme_dir]           | 404 |
+    GET /.well-known/acme-challenge/../a-Token_1 HTTP/1.1$HOST$&
+ACME token through a symbolic link [acme_dir] | 404             | GET /.well-known/acme-challenge/link HTTP/1.1$HOST$&
+Host with '@'                                | 400             | GET / HTTP/1.1$Host: mail.example.com@evil.example$&
+Host with '#'                                | 400             | GET / HTTP/1.1$Host: mail.example.com#evil.example$&
+Host with '?'                                | 400             | GET / HTTP/1.1$Host: mail.example.com?evil.example$&
+Host with a backslash                        | 400             | GET / HTTP/1.1$Host: mail.example.com\\evil.example$&
+Host with '/'                                | 400             | GET / HTTP/1.1$Host: mail.example.com/evil.example$&
+Host with ','                                | 400             | GET / HTTP/1.1$Host: mail.example.com,evil.example$&
+Host with '%'                                | 400             | GET / HTTP/1.1$Host: mail.example.com%evil.example$&
+Host with ' '                                | 400             | GET / HTTP/1.1$Host: mail.example.com evil.example$&
+Host with '"'                                | 400             | GET / HTTP/1.1$Host: mail.example.com"evil.example$&
+Host with "'"                                | 400             | GET / HTTP/1.1$Host: mail.example.com'evil.example$&
+Host with '<'                                | 400             | GET / HTTP/1.1$Host: mail.example.com<evil.example$&
+Host that begins with '_'                    | 400             | GET / HTTP/1.1$Host: _mail.example.com$&
+Host that begins with '-'                    | 400             | GET / HTTP/1.1$Host: -mail.example.com$&
+Host that begins with '.'                    | 400             | GET / HTTP/1.1$Host: .mail.example.com$&
+"""
+
+
+class Case(NamedTuple):
+    what: str
+    needs: str
+    expect: str
+    request: bytes
+
+
+def cases() -> Iterator[Case]:
+    """The rows of CASES, written out."""
+    for row in re.sub(r"\n +", " ", CASES.strip()).split("\n"):
+        what, expect, request = (column.strip() for column in row.split(" | "))
+        what, _, needs = what.rstrip("]").partition(" [")
+        for short, long in (("HOST", "Host: mail.example.com"), ("&", "Connection: close$$"), ("$", "\\r\\n")):
+            request = request.replace(short, long)
+        while re.search(r"\([^()]+\*[0-9]+\)", request):
+            request = re.sub(r"\(([^()]+)\*([0-9]+)\)", lambda match: match.group(1) * int(match.group(2)), request)
+        yield Case(what, needs, expect.replace("TO", "https://mail.example.com"),
+                   request.encode("latin-1").decode("unicode_escape").encode("latin-1"))
+
+
+def _conversation(address: Tuple[str, int], request: bytes, seconds: float = 3.0) -> bytes:
+    """Send the request's bytes, take all that comes back until the server closes."""
+    data = b""
+    with socket.create_connection(address, seconds) as sock:
+        try:
+            sock.sendall(request)
+            while len(data) < MAX_ANSWER:
+                chunk = sock.recv(MAX_ANSWER)
+                if not chunk:
+                    return data
+                data += chunk
+        except socket.timeout:
+            return data + b"(left open)"
+        except OSError:
+            pass
+    return data
+
+
+def _answers(data: bytes, request: bytes) -> str:
+    """All answers in what came back, as Case.expect writes them; whatever does not belong there shows."""
+    text, found = data.decode("latin-1"), []
+    while text.startswith("HTTP/"):
+        head, _, text = text.partition("\r\n\r\n")
+        fields = {name.lower(): value for name, value in re.findall(r"\r\n([^:\r\n]+):[\t ]*([^\r\n]*)", head)}
+        found.append((head[9:12] + " " + fields.get("location", "")).strip())
+        if "strict-transport-security" in fields:
+            found.append("Strict-Transport-Security in clear")
+        if not request.startswith(b"HEAD ") and head[9:12] != "204" and head[9] != "1":
+            text = text[int(fields.get("content-length", len(text))):]
+    return ", ".join(found + ["%a" % text[:60]] * bool(text)) or "closed"
+
+
+def _applies(case: Case, rule: RedirectRule) -> bool:
+    return not case.needs or bool(getattr(rule, case.needs.split()[-1])) != case.needs.startswith("no ")
+
+
+def _expected(case: Case, rule: RedirectRule) -> str:
+    """A case's expectation, written for the default rule, in terms of this one."""
+    def answer_to(match: "re.Match[str]") -> str:
+        name, path = match.groups()
+        if rule.allow_hosts and name not in rule.allow_hosts:
+            return "421"
+        if path == "/exchange":
+            path = "/" if rule.keep_path else rule.path
+        port = ":%d" % rule.https_port if rule.https_port != 443 else ""
+        return "%d https://%s%s%s" % (rule.status, rule.host or name, port, path)
+    return re.sub(r"302 https://([^/]+)([^ ,]+)", answer_to, case.expect)
+
+
+Result = Tuple[str, str, str]       # what was tried, what was expected ("a|b": either), what came
+
+
+def try_cases(address: Tuple[str, int], rule: RedirectRule, done: Tuple[RedirectRule, ...] = ()) -> Iterator[Result]:
+    """Send every case that applies to the rule, and to none that is done, to the redirect server at address."""
+    for case in cases():
+        if _applies(case, rule) and not any(_applies(case, other) for other in done):
+            try:
+                got = _answers(_conversation(address, case.request), case.request)
+            except OSError as error:
+                got = _reason(error)
+            yield case.what, _expected(case, rule), got
+
+
+@contextlib.contextmanager
+def running(server: HTTPServer) -> Iterator[Tuple[str, int]]:
+    """Serve from a thread; the server's address."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[:2]     # type: ignore
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def try_end_to_end() -> Iterator[Result]:
+    """The article's step 18: ask a listener over plain HTTP, and follow it to an HTTPS stub whose certificate is verified."""
+    with running(StubServer(("127.0.0.1", 0))) as stub:
+        rule = RedirectRule(https_port=stub[1])
+        with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
+            plain = Url("http", "localhost", address[1], "/")
+            response = fetch(plain, address, None, "localhost:%d" % address[1], 5)
+            secure = "https://localhost:%d/exchange" % stub[1]
+            yield "plain HTTP is redirected", "302 " + secure, "%d %s" % (response.status, response.field("location"))
+            try:
+                page = fetch(parse_url(response.field("location") or ""), stub, ssl.create_default_context(
+                    cadata=STUB_CERTIFICATE), "localhost", 5)
+                got = "%d %s" % (page.status, "".join(re.findall("<title>(.*)</title>", page.body)))
+            except (OSError, ValueError) as error:
+                got = str(error)
+            yield "the stub's page comes over verified TLS", "200 You are on HTTPS", got
+            report = check("localhost:%d" % address[1], {"path": "/exchange", "https_port": stub[1], "status": 302},
+                           connect="127.0.0.1:%d" % address[1], trust={"cadata": STUB_CERTIFICATE}, seconds=5)
+            yield "check finds nothing wrong", "ok", "; ".join(
+                finding.text for finding in report.findings if finding.severity != "ok") or report.severity
+
+
+def try_ourselves() -> Iterator[Result]:
+    """End to end, then every case against a listener whose rule it needs."""
+    yield from try_end_to_end()
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(folder, "a-Token_1"), "w") as file:
+            file.write("a-Token_1.thumbprint")
+        with contextlib.suppress(OSError):      # Windows may forbid links
+            os.symlink(file.name, os.path.join(folder, "link"))
+        rules = (RedirectRule(), RedirectRule(host="mail.example.com"),
+                 RedirectRule(keep_path=True, allow_hosts=("mail.example.com",), health="/health", acme_dir=folder))
+        for number, rule in enumerate(rules):
+            with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
+                yield from try_cases(address, rule, rules[:number])
+
+
+# ---- The demo --------------------------------------------------------------------------------------------------------
+
+class BeforeHandler(StubHandler):
+    """Plain HTTP as IIS answers it before the cure."""
+
+    def page(self) -> Tuple[int, str, List[Tuple[str, str]]]:
+        return 403, "The page must be viewed over a secure channel", [
+            ("You asked for it over plain HTTP. Type https:// at the beginning of the address, and try again.",
+             "HTTP 403.4 - Forbidden: SSL required\nInternet Information Services")]
+
+
+class _LastRedirect:
+    """An access log that keeps its last line, for the stub's page to tell of it."""
+
+    def __init__(self, rule: RedirectRule, origin: str) -> None:
+        self.rule, self.origin, self.target = rule, origin, "/"
+
+    def write(self, line: str) -> None:
+        self.target = line.split(" ")[6]
+
+    def story(self) -> List[Tuple[str, str]]:
+        return [("You typed an address without https.", self.origin + self.target),
+                ("Port 80 is served by owahttps alone here. It answered with a redirect.", "HTTP/1.1 %d %s\nLocation: %s" % (
+                    self.rule.status, PHRASES[self.rule.status], self.rule.location("localhost", self.target)))]
+
+
+def _next_free(make: Callable[[int], Any], port: int) -> Any:
+    """The server that make(port) makes, for the first port from this one on that is free."""
+    for candidate in range(port, port + 100):
+        try:
+            return make(candidate)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+    raise OSError(errno.EADDRINUSE, "ports %d to %d are all in use" % (port, port + 99))
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+class Failure(Exception):
+    """What could not be done, and what to do, in one line: exit 1."""
+
+
+class _Parser(argparse.ArgumentParser):
+    words = []      # type: List[str]  # every command and option
+    usage_exit = 2
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        self.words.extend(name for name in names if name.startswith("--"))
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> Any:
+        """One line, with the word that was probably meant."""
+        import difflib
+        for word in re.findall(r"'([^']+)' \(choose|(?:arguments: |choice: )?(--[^ =]+)", message)[:1]:
+            near = difflib.get_close_matches("".join(word), self.words, 1)
+            message = message.partition(" (choose")[0] + (": did you mean %s?" % near[0] if near else "")
+        self.exit(self.usage_exit, "%s: %s (--help lists what there is)\n" % (self.prog, message))
+
+
+def _rule_fields(args: argparse.Namespace) -> Dict[str, Any]:
+    """The fields of RedirectRule that the command line names."""
+    return {name: tuple(value) if name == "allow_hosts" else value
+            for name, value in vars(args).items() if name in RedirectRule._fields}
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("%a is not a port (0-65535)" % text)
+    return int(text)
+
+
+def _add_rule(parser: argparse.ArgumentParser, exemptions: bool = True) -> None:
+    """The rule's options; one that is not given is not set, so that its default stands in RedirectRule alone."""
+    group, default = parser.add_argument_group("the rule"), RedirectRule()
+
+    def add(option: str, text: str, **settings: Any) -> None:
+        group.add_argument(option, help=text, default=argparse.SUPPRESS, **settings)
+    add("--path", "where everybody lands (%s)" % default.path)
+    add("--keep-path", "keep the path and query of the request instead", action="store_true")
+    add("--host", "lead to this name instead of the requested one", metavar="NAME")
+    add("--https-port", "lead to this port (%d)" % default.https_port, type=_port, metavar="PORT")
+    add("--status", "301, 302, 307 or 308 (%d)" % default.status, type=int, metavar="CODE")
+    add("--allow-host", "redirect this name only; may be repeated", dest="allow_hosts", action="append", metavar="NAME")
+    if exemptions:
+        add("--acme-dir", "serve ACME http-01 token files from here", metavar="DIR")
+        add("--health", "answer 200 here, for health checks", metavar="PATH")
+
+
+def _say(text: str) -> None:
+    print("owahttps: " + text, file=sys.stderr, flush=True)
+
+
+def _paint(word: str) -> str:
+    """A verdict in colour, if a person looks at it: https://no-color.org"""
+    colour = {"ok": 32, "note": 36, "warning": 33, "unknown": 35, "critical": 31, "FAIL": 31}[word]
+    return "\033[%dm%s\033[m" % (colour, word) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else word
+
+
+def _line(verdict: str, *columns: str) -> None:
+    print("  ".join([_paint(verdict) + " " * (8 - len(verdict))] + list(columns)))
+
+
+def _bind_trouble(error: OSError, host: str, port: int) -> str:
+    """Why a listener cannot bind, and what to do: facts of the platforms, one line."""
+    where = "%s port %d" % (host or "every address", port)
+    if error.errno == errno.EACCES and os.name != "nt":
+        return ("may not bind %s: give it a systemd unit with AmbientCapabilities=CAP_NET_BIND_SERVICE, or "
+                "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        return "%s is in use: %s" % (where, "netstat -ano shows the process; PID 4 is http.sys (IIS), see netsh http show "
+                                     "servicestate" if os.name == "nt" else "ss -ltnp 'sport = :%d' shows by what" % port)
+    return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
+
+
+def _connection_cap() -> int:
+    """As many connections as the file descriptors allow, and no more than fit into some 50 MB."""
+    try:
+        import resource
+    except ImportError:
+        return 500                      # select() on Windows takes 512 sockets
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return max(8, min(16384, soft - 32 if soft > 0 else 16384))
+
+
+def _drop_to(user: str) -> None:
+    """Become this user, for good."""
+    import pwd
+    entry = pwd.getpwnam(user)
+    os.initgroups(user, entry.pw_gid)
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+
+
+def _warnings(args: argparse.Namespace, rule: RedirectRule, host: str) -> Iterator[str]:
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        yield "runs as root: --user NAME gives that up once the port is bound"
+    if rule.status in (301, 308) and (host == "::1" or host.startswith("127.")):
+        yield "browsers keep a %d for good, for localhost too: 302 or 307 can be taken back" % rule.status
+    if rule.https_port != 443 and not rule.acme_dir:
+        yield "Let's Encrypt follows redirects to ports 80 and 443 alone: --acme-dir serves its tokens here"
+
+
+def command_serve(args: argparse.Namespace) -> int:
+    rule = RedirectRule(**_rule_fields(args))
+    if rule.acme_dir and not os.path.isdir(rule.acme_dir):
+        raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
+    for fd in (0, 1, 2):                # a closed one would become a socket's, and the log would go into it
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            _say("standard output is closed: no access log") if fd == 1 else None
+    try:
+        server = RedirectServer((args.bind, args.port), rule=rule, max_connections=args.max_connections or _connection_cap())
+    except OSError as error:
+        raise Failure(_bind_trouble(error, args.bind, args.port)) from None
+    with server:
+        if args.user:
+            try:
+                _drop_to(args.user)
+            except (ImportError, KeyError, OSError) as error:
+                raise Failure("cannot become user %a: %s" % (args.user, error)) from None
+        host, port = server.server_address[:2]
+        _say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
+            "[%s]" % host if ":" in str(host) else host, port, rule.authority("HOST"),
+            "/, path kept" if rule.keep_path else rule.path, rule.status))
+        for warning in _warnings(args, rule, str(host)):
+            _say("warning: " + warning)
+        server.error_log = Log(2, tell=lambda text: None)
+        log = Log(1, tell=lambda text: server.error_log.write("owahttps: %s\n" % text))
+        server.access_log = None if args.quiet else log
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda *_: server.stop())
+        server.serve_forever()
+        log.close()
+        server.error_log.close()
+    return 0
+
+
+def command_generate(args: argparse.Namespace) -> int:
+    rule = RedirectRule(**_rule_fields(args))
+    parts = exchange2000(rule, args.http_port)
+    if args.write:
+        _write_files(args.write, parts)
+        return 0
+    for part in parts:
+        if not args.parts or part.name in args.parts:
+            sys.stdout.write(part.text)
+            if not args.parts: print()
+    return 0
+
+
+def _write_files(folder: str, parts: List[Part]) -> None:
+    """Write the parts that are files, but never over a file that says something else."""
+    for part in parts:
+        if part.file:
+            path, data = os.path.join(folder, part.file), part.text.replace("\n", part.newline).encode("ascii")
+            try:
+                with open(path, "xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                with open(path, "rb") as file:
+                    if file.read() != data:
+                        raise Failure("%s is there and says something else: it stays as it is; move it, or write elsewhere" % path) from None
+            print(path)
+
+
+def _report(results: Iterable[Result], quiet: bool) -> int:
+    """Print a line for each result, and a count; 1 if any failed."""
+    count = failed = 0
+    for what, expected, got in results:
+        good = got in expected.split("|")
+        count, failed = count + 1, failed + (not good)
+        if not good:
+            _line("FAIL", "%s: expected %s, got %s" % (what, expected, _log_escape(got)))
+        elif not quiet:
+            _line("ok", what)
+    print("%d checks, %d failed" % (count, failed))
+    return 1 if failed else 0
+
+
+def command_selftest(args: argparse.Namespace) -> int:
+    if not args.against:
+        if _rule_fields(args):
+            raise RuleError("the rule options describe the server that --against names")
+        return _report(try_ourselves(), args.quiet)
+    site = parse_url(args.against)
+    return _report(try_cases((site.name.strip("[]"), site.port), RedirectRule(**_rule_fields(args))), args.quiet)
+
+
+def command_check(args: argparse.Namespace) -> int:
+    from concurrent.futures import ThreadPoolExecutor
+    import json
+    trust = {"cafile": args.ca_file} if args.ca_file else {}
+    if args.ca_file:
+        try:
+            ssl.create_default_context(**trust)
+        except OSError as error:
+            raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
+    for target in args.targets:
+        parse_url(target if "://" in target else "http://" + target)
+    worst, start = "ok", time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [pool.submit(check, target, _rule_fields(args), args.connect, args.family, trust, args.timeout)
+                   for target in args.targets]
+        while sys.stderr.isatty() and not all(future.done() for future in waiting):
+            time.sleep(0.1)
+            if time.monotonic() - start > 1:
+                print("\rowahttps: %d of %d checked " % (sum(future.done() for future in waiting), len(waiting)), end="\r", file=sys.stderr)
+        for future in waiting:
+            report = future.result()
+            worst = max(worst, report.severity, key=SEVERITIES.index)
+            if args.json:
+                print(json.dumps({"target": report.target, "severity": report.severity,
+                                  "hops": [hop._asdict() for hop in report.hops],
+                                  "findings": [finding._asdict() for finding in report.findings]}))
+                continue
+            _line(report.severity, _log_escape(report.target))
+            if not args.quiet:
+                for hop in report.hops:
+                    print("  %4s ms  %3s  %s%s" % (hop.milliseconds, hop.status or "-", hop.url, hop.location and " -> " + hop.location))
+            for finding in report.findings:
+                if not args.quiet or finding.severity not in ("ok", "note"):
+                    print("  ", end="")
+                    _line(finding.severity, finding.id, finding.text)
+    return EXIT_CODES[worst]
+
+
+def command_demo(args: argparse.Namespace) -> int:
+    over = threading.Event()
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), lambda *_: over.set())
+    last = []       # type: List[_LastRedirect]
+    stub = _next_free(lambda port: StubServer(("127.0.0.1", port), args.cert, args.key, lambda: last[0].story() if last else []),
+                      getattr(args, "https_port", 8443))
+    with running(stub) as secure:
+        rule = RedirectRule(**dict(_rule_fields(args), https_port=secure[1]))
+        make = (lambda port: _HTTPServer(("127.0.0.1", port), BeforeHandler)) if args.before else (
+            lambda port: RedirectServer(("127.0.0.1", port), rule=rule))     # type: Callable[[int], Any]
+        server = _next_free(make, args.port)
+        url = "http://localhost:%d" % server.server_address[1]
+        if not args.before:
+            last.append(_LastRedirect(rule, url))
+            server.access_log = last[0]
+        with running(server):
+            print("%s/  %s" % (url, "answers 403.4, as IIS does before the cure" if args.before else "-> https://localhost:%d%s" % (
+                secure[1], rule.path)), flush=True)
+            if not args.cert:
+                _say("the certificate is for demos: a browser warns of it; curl -iL --cacert %s %s/" % (os.path.basename(__file__), url))
+            _say("Ctrl-C ends it")
+            if args.open:
+                import webbrowser
+                webbrowser.open(url + "/")
+            while not over.wait(0.5):
+                pass
+    return 0
+
+
+def build_parser() -> _Parser:
+    parser = _Parser(prog="owahttps.py", description=__doc__)
+    parser.add_argument("--version", action="version", version="owahttps " + __version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, examples: str) -> _Parser:
+        command = commands.add_parser(name, help=help, description=help, epilog=examples)   # type: _Parser
+        _Parser.words.append(name)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("serve", command_serve, "Redirect plain HTTP to HTTPS, until a signal.", """\
+The access log goes to standard output in Combined Log Format; everything else to standard error.
+examples:
+  sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
+  owahttps.py serve --port 8080 --keep-path --status 308""")
+    command.add_argument("--bind", metavar="ADDR", default="", help="listen on this address (all, IPv6 and IPv4)")
+    command.add_argument("--port", type=_port, default=80, help="listen on this port (80); 0: a free one")
+    command.add_argument("--user", metavar="NAME", help="become this user once the port is bound")
+    command.add_argument("--max-connections", type=int, metavar="N", help="cap (from the file descriptor limit)")
+    command.add_argument("--quiet", action="store_true", help="no access log")
+    _add_rule(command)
+
+    command = add("generate", command_generate, "Print the rule for a server to follow: files, steps and scripts.", """\
+examples:
+  owahttps.py generate                                     the article: ASP page and IIS steps""")
+    command.add_argument("--asp", dest="parts", action="append_const", const="asp", help="the ASP page alone")
+    command.add_argument("--steps", dest="parts", action="append_const", const="steps", help="the steps alone")
+    command.add_argument("--write", metavar="DIR", help="write the files there instead of printing")
+    command.add_argument("--http-port", type=_port, default=80, metavar="PORT", help="the port of plain HTTP (80)")
+    _add_rule(command)
+
+    command = add("selftest", command_selftest, "Prove the redirect: end to end against an HTTPS stub, then case by case.", """\
+Exit 0: all passed, 1: not all.
+examples:
+  owahttps.py selftest
+  owahttps.py selftest --against http://127.0.0.1:8080 --keep-path""")
+    command.add_argument("--against", metavar="URL", help="send the cases to this redirect server instead")
+    command.add_argument("--quiet", action="store_true", help="print failures and the count alone")
+    _add_rule(command)
+
+    command = add("check", command_check, "Is port 80 of these sites handled right?", """\
+Exit 0: ok, 1: warning, 2: critical, 3: could not tell, or wrong usage.
+examples:
+  owahttps.py check mail.example.com
+  owahttps.py check --path /owa --connect 192.0.2.7:80 mail.example.com""")
+    command.usage_exit = 3
+    command.add_argument("targets", metavar="TARGET", nargs="+", help="host name, host:port or http URL")
+    command.add_argument("--ca-file", metavar="FILE", default="", help="trust these authorities instead of the system's")
+    command.add_argument("--connect", metavar="HOST:PORT", default="", help="ask there, for the same name")
+    command.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 alone")
+    command.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 alone")
+    command.add_argument("--timeout", type=float, default=10, metavar="SECONDS", help="for each request (10)")
+    command.add_argument("--json", action="store_true", help="one JSON object a target")
+    command.add_argument("--quiet", action="store_true", help="print warnings and worse alone")
+    _add_rule(command, exemptions=False)
+
+    command = add("demo", command_demo, "Show the redirect in a browser, on this machine alone.", """\
+examples:
+  owahttps.py demo --open
+  owahttps.py demo --before           the problem instead: 403.4""")
+    command.add_argument("--port", type=_port, default=8080, help="of plain HTTP (8080, or the next that is free)")
+    command.add_argument("--open", action="store_true", help="open the browser")
+    command.add_argument("--before", action="store_true", help="answer plain HTTP as IIS does before the cure")
+    command.add_argument("--cert", metavar="FILE", default="", help="your own certificate for the stub")
+    command.add_argument("--key", metavar="FILE", default="", help="and its key, if that is another file")
+    _add_rule(command)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser.usage_exit = usage_exit = 3 if argv[:1] == ["check"] else 2
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0
+    try:
+        code = args.run(args)       # type: int
+        sys.stdout.flush()
+        return code
+    except ValueError as error:     # RuleError, or a target that is none
+        _say("error: %s" % error)
+        return usage_exit
+    except Failure as error:
+        _say("error: %s" % error)
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _say("error: %s%s" % (error.strerror or error, ": %s" % error.filename if error.filename else ""))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for the interpreter's own flush
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
