@@ -656,6 +656,14 @@ class RedirectServer(_HTTPServer):
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
 
+class Part(NamedTuple):
+    """A part of a recipe; with a file name, it is a file as well."""
+    name: str
+    text: str
+    file: str = ""
+    newline: str = "\n"
+
+
 ASP_PAGE = """\
 <%
       If Request.ServerVariables("SERVER_PORT")={http_port} Then
@@ -667,9 +675,69 @@ ASP_PAGE = """\
       End If
    %>
 """
-STEPS = """\
-Force SSL for Outlook Web Access 2000 (Exchange 2000 on IIS 5.0), after Microsoft's article Q279681
 
+
+def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
+    """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError for what it cannot express."""
+    for wrong, reason in ((rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
+                          (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
+                          (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
+                          (rule.health or rule.acme_dir, "--health and --acme-dir: it is run for one folder alone")):
+        if wrong:
+            raise RuleError("the ASP page cannot express " + reason)
+    name = '"%s"' % rule.host if rule.host else 'Request.ServerVariables("SERVER_NAME")'
+    port = "" if rule.https_port == 443 else ":%d" % rule.https_port
+    return ASP_PAGE.format(http_port=http_port, server_name=name, path=port + rule.path)
+
+
+def options(rule: RedirectRule) -> str:
+    """The rule as command line options, each with a space before it."""
+    words = ""
+    for field, value, default in zip(rule._fields, rule, RedirectRule()):
+        for one in () if value == default else value if isinstance(value, tuple) else (value,):
+            words += " --" + field.replace("hosts", "host").replace("_", "-") + ("" if one is True else " %s" % one)
+    return words
+
+
+# Exchange: its IIS, and a letter for each peculiarity (CAVEATS): A has the article's ASP page, P needs its application
+# pool, F a file for 403.4, O leaves /owa open for plain HTTP, 8 knows status 308.
+EXCHANGE = {"exchange2000": ("5.0", "ASTL"), "exchange2003": ("6.0", "ASTLPM"), "exchange2007": ("7.0", "BFR"),
+            "exchange2010": ("7.5", "BR"), "exchange2013": ("8.0 or 8.5", "BR"), "exchange2016": ("8.5 or 10", "BCO8"),
+            "exchange2019": ("10", "BCO8"), "exchange-se": ("10", "BCO8")}
+CAVEATS = {
+    "A": """\
+On any port but {http_port} the page does nothing: an empty page with status 200 (see --http-port).
+SERVER_NAME is what the user typed, and the certificate may not name it: --host fixes the name.
+Deep links are lost: everybody lands on {path}. A form that was posted has crossed the wire in clear already.
+Without a certificate on the site, Require secure channel answers 403 to everything.
+Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.""",
+    "S": "Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.",
+    "T": "Not behind a load balancer that ends TLS: every request arrives on port {http_port}, and is redirected for ever.",
+    "L": "The script and its undo were never run on Windows: read them first.",
+    "P": "The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).",
+    "M": "On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.",
+    "B": """\
+Not where TLS ends before this server: redirect there. Never on the site "Exchange Back End".
+Nobody has run these scripts on Windows yet: read them first.""",
+    "F": """\
+Response mode Redirect crashes OWAAppPool on this version: method 403.4 serves a file with a refresh. Its status
+  stays 403: a browser follows it, but owahttps.py check reports the 403.""",
+    "R": "Method redirect serves the bare host name: http://HOST/owa may still answer 403.4. Method 403.4 does both.",
+    "C": """\
+Method 403.4 needs CustomErrorModule, which web.config in the site's directory removes: delete its line
+  <remove name="CustomErrorModule" /> (keep a copy), and look again after every cumulative update.""",
+    "O": """\
+Under Extended Protection (on by default from Exchange 2019 CU14) /owa keeps Require SSL: with method redirect,
+  http://HOST/owa then answers 403.4. Method 403.4 does both.""",
+    "8": "Status 308 needs IIS 10."}
+ABOUT = {
+    "article": "The error 403.4 of the {folder} folder runs an ASP page, which redirects to {url}\n",
+    "redirect": "The root of Default Web Site redirects to {url}\n"
+                "Its virtual directories do not. The name of a file right below the root is appended to that address.\n",
+    "403.4": "Require SSL stays on, and its error 403.4 leads to {url}\n"
+             "A browser on the server itself is shown a detailed error instead: test from another machine.\n"}
+STEPS = {
+    "article": """\
  1. Save the ASP page as Owahttps.asp in the folder Inetpub\\Wwwroot\\Owaasp (make the folder).
     Copy it as it is: SERVER_PORT and SERVER_NAME are variables that IIS fills in, not places for your own values.
  2. Open Internet Service Manager.
@@ -677,7 +745,7 @@ Force SSL for Outlook Web Access 2000 (Exchange 2000 on IIS 5.0), after Microsof
  4. Expand Default Web Site.
  5. Right-click the {folder} folder and click Properties.
  6. Click the Custom Errors tab.
- 7. Double-click the 403.4 error code (it reads 403;4).
+ 7. Double-click the 403.4 error code (listed as 403;4).
  8. In the Message Type list, select URL.
  9. In the URL field, type /owaasp/owahttps.asp
 10. Click OK.
@@ -691,48 +759,412 @@ Force SSL for Outlook Web Access 2000 (Exchange 2000 on IIS 5.0), after Microsof
 16. At a command prompt, type: net stop iisadmin /y   (or restart the server instead)
     Note which services it stops: with Exchange 2000, all Exchange services stop together with IIS.
 17. Start every service that was stopped.
-18. Test: http://HOST/ and http://HOST{path} must both land on https. From another machine: owahttps.py check HOST
+18. Test: http://HOST{path} must land on {url}
+""",
+    "redirect": """\
+ 1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
+ 2. SSL Settings: note what is set here and on every virtual directory. Here only: clear Require SSL; Actions: Apply.
+ 3. Every virtual directory that had it{but_owa}: SSL Settings, select Require SSL, Apply.
+ 4. Default Web Site, HTTP Redirect (role service HTTP Redirection): select "Redirect requests to this destination",
+    enter {url}
+    select "Only redirect requests to content in this directory (not subdirectories)";
+    Status code: the entry with {status}; Apply.
+ 5. At once, every virtual directory, PowerShell and Rpc too: HTTP Redirect, clear "Only redirect requests to content in
+    this directory (not subdirectories)" and "Redirect requests to this destination", Apply.
+ 6. Select the server; Actions: Restart.
+""",
+    "403.4": """\
+ 1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
+ 2. SSL Settings, here and on owa: Require SSL is selected.
+ 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action: "{action}",
+    {error_path}
+    OK.
+"""}
+IIS6_STEPS = """\
+    On IIS 6.0 (labels not verified): the site is below Web Sites; under Web Service Extensions, allow Active Server Pages;
+    make Owaasp an application in the application pool that the {folder} folder uses.
 """
-PITFALLS = """\
-Not in the article, from the field:
- - Behind a load balancer that ends TLS every request comes to port {http_port}: an endless redirect. Redirect there instead.
- - On any other port than {http_port} the page does nothing: an empty page with status 200. See --http-port.
- - SERVER_NAME is what the user typed, and the certificate may not name it. --host fixes the name.
- - Deep links are lost: everybody lands on {path}. A form that was posted has crossed the wire in clear already.
- - Without a certificate on the site, Require secure channel gives 403 for everything.
- - Exchange copies its own settings over IIS's within 15 minutes: test again after that.
- - Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.
-These steps were not run on Windows by owahttps's authors; the page and the labels are the article's.
+CMD = """\
+@echo off
+rem {name} (IIS {iis}), method {method}: {url}
+rem Nobody has run this on Windows yet: read it first. Run it on the server, in a Command Prompt as administrator.
+setlocal
+set "KEEP=%SystemDrive%\\owahttps"
 """
+CMD_7 = CMD + """\
+set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
+set "SITE=Default Web Site"
+"""
+BEGIN_7 = CMD_7 + """\
+%APPCMD% list modules /app.name:"%SITE%/" | findstr /l /c:"{module}" >nul
+if errorlevel 1 echo {module} is not loaded for %SITE%.& exit /b 1
+%APPCMD% list config "%SITE%" -section:system.webServer/{section} | findstr /i /r /c:"{present}"
+if not errorlevel 1 echo %SITE% has this already: undo that first, where it was set.& exit /b 1
+if not exist "%KEEP%" md "%KEEP%"
+rem For the last resort, appcmd restore backup "NAME", which takes back later changes too.
+%APPCMD% add backup || goto fail
+"""
+END_7 = """\
+%APPCMD% list config "%SITE%" -section:system.webServer/{section} | findstr /i /r /c:"{present}" >nul
+if errorlevel 1 echo Not in effect: a web.config in the directory of %SITE% overrides it.& exit /b 1
+exit /b 0
+:fail
+echo Stopped half-way. The undo script takes back what was set.
+exit /b 1
+"""
+OPEN_OWA = """\
+rem Reached by plain HTTP, /owa redirects by itself. Under Extended Protection it must not be reached so.
+%APPCMD% list config "%SITE%/owa" -section:system.webServer/security/authentication/windowsAuthentication \
+| findstr /i /r "tokenChecking=.Allow. tokenChecking=.Require."
+if errorlevel 1 %APPCMD% set config "%SITE%/owa" -section:access -sslFlags:None -commit:apphost || goto fail
+"""
+# IIS 5 and 6: not iisreset, which can lose metabase changes (Q286196).
+RESTART = """\
+net start > "%KEEP%\\services.txt"
+net stop iisadmin /y
+for /f "tokens=*" %%S in ('findstr /b /c:"   " "%KEEP%\\services.txt"') do net start "%%S" >nul 2>&1
+net start > "%KEEP%\\after.txt"
+for /f "tokens=*" %%S in ('findstr /b /c:"   " "%KEEP%\\services.txt"') do findstr /l /x /c:"   %%S" \
+"%KEEP%\\after.txt" >nul || echo NOT started again: %%S
+"""
+SCRIPT = {
+    "redirect": BEGIN_7 + """\
+if exist "%KEEP%\\sslflags.txt" echo %KEEP%\\sslflags.txt is there: run the undo script first.& exit /b 1
+%APPCMD% list vdir /text:vdir.name | findstr /b /i /l /c:"%SITE%/" > "%KEEP%\\vdirs.txt" || goto fail
+rem Two plain directories, which are not in that list.
+for %%D in (aspnet_client owa/auth) do >>"%KEEP%\\vdirs.txt" echo %SITE%/%%D
+for /f "usebackq delims=" %%V in ("%KEEP%\\vdirs.txt") do call :keep "%%V" || goto fail
+%APPCMD% set config "%SITE%" -section:access -sslFlags:None -commit:apphost || goto fail
+{open_owa}%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:true -destination:"{url}" \
+-childOnly:true -httpResponseStatus:{status_name} -commit:apphost || goto fail
+iisreset /noforce
+""" + END_7 + """\
+rem Nail down the SSL settings a directory has now, and no redirect: then it inherits neither from the root.
+:keep
+set "V=%~1"
+if "%V:~-1%"=="/" set "V=%V:~0,-1%"
+set "F=None"
+for /f tokens^=1-4^ delims^=^" %%A in ('%APPCMD% list config "%V%" -section:access ^| findstr sslFlags') do \
+if "%%C"==" sslFlags=" (set "F=%%D") else set "F=%%B"
+set "F=%F: =%"
+echo %V%: %F%
+>>"%KEEP%\\sslflags.txt" echo %F%*%V%
+if /i "%V%"=="%SITE%" exit /b 0
+%APPCMD% set config "%V%" -section:access -sslFlags:%F% -commit:apphost || exit /b 1
+%APPCMD% list config "%V%" -section:system.webServer/httpRedirect | findstr /i /r "enabled=.true." >nul
+if not errorlevel 1 echo %V% has a redirect of its own: left alone.& exit /b 0
+%APPCMD% set config "%V%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
+exit /b
+""",
+    "403.4": BEGIN_7 + """\
+for %%P in ("%SITE%" "%SITE%/owa") do %APPCMD% list config %%P -section:access | findstr Ssl || \
+echo %%P does not require SSL: it will not answer 403.4.
+{error_page}%APPCMD% set config "%SITE%" -section:system.webServer/httpErrors \
+/+"[statusCode='403',subStatusCode='4',path='{error_path}',responseMode='{mode}']" /commit:apphost || goto fail
+""" + END_7,
+    "article": CMD + """\
+if exist "%KEEP%\\before.txt" echo %KEEP%\\before.txt is there: run the undo script first.& exit /b 1
+if not exist "%KEEP%" md "%KEEP%"
+rem The lines below that begin with ::v are a VBScript, those with ::a the page.
+type nul > "%KEEP%\\metabase.vbs"
+type nul > "%KEEP%\\page.asp"
+for /f "tokens=1,* delims= " %%A in ('findstr /b /c:"::v " "%~f0"') do >>"%KEEP%\\metabase.vbs" echo %%B
+for /f "tokens=1,* delims= " %%A in ('findstr /b /c:"::a " "%~f0"') do >>"%KEEP%\\page.asp" echo %%B
+cscript //nologo "%KEEP%\\metabase.vbs" set "%KEEP%\\page.asp" > "%KEEP%\\before.txt"
+type "%KEEP%\\before.txt"
+findstr /x /c:"done" "%KEEP%\\before.txt" >nul || exit /b 1
+{allow_asp}""" + RESTART + """\
+exit /b 0
+::v ' Merges one entry into the custom errors of the {folder} folder; the others stay as they are.
+::v Option Explicit
+::v Dim root, node, page, fso, list, i
+::v Set root = GetObject("IIS://localhost/W3SVC/{site}/ROOT")
+::v Set node = root.GetObject("IIsWebVirtualDir", "{folder}")
+::v If WScript.Arguments(0) = "set" Then
+::v   ' Backs up the metabase as the next version of "owahttps", saved first; see Backup/Restore Configuration in IIS.
+::v   GetObject("IIS://localhost").Backup "owahttps", -1, 2
+::v   list = node.HttpErrors
+::v   WScript.Echo "AccessSSL=" & CInt(node.AccessSSL) & vbCrLf & Join(list, vbCrLf)
+::v   Set fso = CreateObject("Scripting.FileSystemObject")
+::v   If Not fso.FolderExists(root.Path & "\\Owaasp") Then fso.CreateFolder root.Path & "\\Owaasp"
+::v   fso.CopyFile WScript.Arguments(1), root.Path & "\\Owaasp\\Owahttps.asp"
+::v   On Error Resume Next
+::v   Set page = root.GetObject("IIsWebDirectory", "Owaasp")
+::v   If Err.Number <> 0 Then Set page = root.Create("IIsWebDirectory", "Owaasp")
+::v   On Error GoTo 0
+::v   page.AccessSSL = False
+::v   page.SetInfo
+{pool}::v   Merge "403,4,URL,/owaasp/owahttps.asp"
+::v   node.AccessSSL = True   ' where 128-bit is required, also: node.AccessSSL128 = True
+::v Else
+::v   list = root.HttpErrors
+::v   Merge list(Find(list))
+::v   If WScript.Arguments(1) = "0" Then node.AccessSSL = False
+::v End If
+::v node.SetInfo
+::v WScript.Echo "done"
+::v Sub Merge(ByVal entry)
+::v   list = node.HttpErrors
+::v   i = Find(list)
+::v   If i > UBound(list) Then ReDim Preserve list(i)
+::v   list(i) = entry
+::v   node.Put "HttpErrors", (list)
+::v End Sub
+::v Function Find(entries)   ' the place of 403;4, or the place after the last
+::v   For i = 0 To UBound(entries)
+::v     If Left(entries(i), 6) = "403,4," Then Exit For
+::v   Next
+::v   Find = i
+::v End Function
+{page}"""}
+UNDO = {
+    "redirect": CMD_7 + """\
+if not exist "%KEEP%\\sslflags.txt" echo Nothing to undo.& exit /b 1
+%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
+for /f "usebackq tokens=1,* delims=*" %%A in ("%KEEP%\\sslflags.txt") do \
+%APPCMD% set config "%%B" -section:access -sslFlags:%%A -commit:apphost || exit /b 1
+move /y "%KEEP%\\sslflags.txt" "%KEEP%\\sslflags.old"
+iisreset /noforce
+rem A web.config that IIS Manager (not this script) left here can freeze Outlook's Send and Receive: delete it.
+if exist "%ExchangeInstallPath%ClientAccess\\OAB\\web.config" dir "%ExchangeInstallPath%ClientAccess\\OAB\\web.config"
+""",
+    "403.4": CMD_7 + """\
+%APPCMD% set config "%SITE%" -section:system.webServer/httpErrors /-"[statusCode='403',subStatusCode='4']" \
+/commit:apphost
+""",
+    "article": CMD + """\
+if not exist "%KEEP%\\before.txt" echo Nothing to undo.& exit /b 1
+set "SSL=1"
+findstr /x /c:"AccessSSL=0" "%KEEP%\\before.txt" >nul && set "SSL=0"
+cscript //nologo "%KEEP%\\metabase.vbs" undo %SSL% | findstr /x /c:"done" || exit /b 1
+move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
+rem The Owaasp directory stays, and so does the permission to run ASP.
+""" + RESTART}
+VERIFY = """\
+From another machine: python3 owahttps.py check {host}{check_options}
+By https, as before: {still}.
+"""
+STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
 
 
-def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
-    """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError for what it cannot express."""
-    for wrong, reason in ((rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
-                          (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
-                          (rule.allow_hosts, "--allow-host: it has no list of names; use --host")):
-        if wrong:
-            raise RuleError("the ASP page cannot express " + reason)
-    name = '"%s"' % rule.host if rule.host else 'Request.ServerVariables("SERVER_NAME")'
-    port = "" if rule.https_port == 443 else ":%d" % rule.https_port
-    return ASP_PAGE.format(http_port=http_port, server_name=name, path=port + rule.path)
-
-
-class Part(NamedTuple):
-    """A part of a recipe; with a file name, it is a file as well."""
-    name: str
-    text: str
-    file: str = ""
-    newline: str = "\n"
-
-
-def exchange2000(rule: RedirectRule, http_port: int) -> List[Part]:
+def exchange(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
+    """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for later
+    ones by `method`, "redirect" (Microsoft's procedure) or "403.4" (what became of the article's)."""
+    iis, marks = EXCHANGE[name]
+    method = "article" if "A" in marks else method
+    page = asp_page(rule, http_port) if method == "article" else ""
     folder = rule.path.split("/")[1]
     if not folder:
-        raise RuleError("the steps need a virtual directory in --path, such as /exchange, not %a" % rule.path)
-    values = dict(folder="Exchange" if folder == "exchange" else folder, path=rule.path, http_port=http_port)
-    return [Part("asp", asp_page(rule, http_port), "Owahttps.asp", "\r\n"), Part("steps", STEPS.format(**values)),
-            Part("pitfalls", PITFALLS.format(**values))]
+        raise RuleError("%s needs a virtual directory in --path, such as /owa: / would lead to itself" % name)
+    if method != "article":
+        statuses = (302,) if method == "403.4" else (301, 302, 307, 308) if "8" in marks else (301, 302, 307)
+        for wrong, reason in ((not rule.host, "redirects to an absolute address: give --host"),
+                              (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
+                              (rule.allow_hosts or rule.health or rule.acme_dir,
+                               "cannot do --allow-host, --health or --acme-dir"), (http_port != 80, "is for port 80"),
+                              (rule.status not in statuses, "with method %s has status %s alone" % (
+                                  method, " or ".join(map(str, statuses))))):
+            if wrong:
+                raise RuleError("%s %s" % (name, reason))
+    url, file = rule.location("SERVER_NAME", "/"), "F" in marks
+    values = dict(
+        name=name, iis=iis, method=method, url=url, path=rule.path, http_port=http_port, site=site, status=rule.status,
+        folder="Exchange" if folder == "exchange" else folder, host=rule.host or "HOST",
+        status_name=STATUS_NAMES[rule.status], open_owa=OPEN_OWA if "O" in marks else "",
+        but_owa=" except owa (under Extended Protection, owa too)" if "O" in marks else "",
+        module="HttpRedirectionModule" if method == "redirect" else "CustomErrorModule",
+        section="httpRedirect" if method == "redirect" else "httpErrors",
+        present="enabled=.true." if method == "redirect" else "statusCode=.403. subStatusCode=.4.",
+        error_path="%SystemDrive%\\owahttps\\owahttps.htm" if file else url, mode="File" if file else "Redirect",
+        action="Insert content from static file into the error response" if file else "Respond with a 302 redirect",
+        pool="::v   page.AppCreate3 2, node.AppPoolId, False\n" if "P" in marks else "",
+        allow_asp="cscript //nologo %windir%\\system32\\iisext.vbs /EnFile %windir%\\system32\\inetsrv\\asp.dll\n"
+                  if "P" in marks else "",
+        page="".join("::a %s\n" % line for line in page.splitlines()), check_options=options(rule),
+        still="Public, OMA, ActiveSync, Exchange System Manager" if method == "article" else
+              "OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell (PowerShell)")
+    values["error_page"] = ('>"%s" echo ^<meta http-equiv="refresh" content="0;url=%s"^>^<a href="%s"^>%s^</a^>\n'
+                            % (values["error_path"], url, url, url)) if file else ""
+    about = ABOUT[method] + "".join(" - %s\n" % re.sub(r"\n(?! )", "\n - ", CAVEATS[mark]).replace("\n  ", "\n   ") for mark in marks)
+    parts = [("about", about, ""), ("steps", STEPS[method] + (IIS6_STEPS if "P" in marks else ""), ""),
+             ("script", SCRIPT[method], "owahttps.cmd"), ("undo", UNDO[method], "owahttps-undo.cmd"), ("verify", VERIFY, "")]
+    return ([Part("asp", page, "Owahttps.asp", "\r\n")] if page else []) + [
+        Part(part, text.format(**values), file, "\r\n") for part, text, file in parts]
+
+
+# The other servers: what a Host may be there (an address is not looked at closely), the ACME paths, and a token's path.
+HOST_PATTERN = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
+ACME_PATTERN = "^" + ACME_PREFIX.replace(".", r"\.")
+TOKEN_PATTERN = ACME_PATTERN + "([A-Za-z0-9_-]+)$"
+NGINX = """\
+# /etc/nginx/conf.d/owahttps.conf; let no other default_server be left: rm /etc/nginx/sites-enabled/default
+server {{
+    listen {port} default_server;
+    listen [::]:{port} default_server;
+    # No server_name: it would become the $host of a request without one.
++health    location = {health} {{ return 200; }}
++acme_dir    location ~ "{token}" {{ disable_symlinks on "from={acme_dir}"; alias "{acme_dir}/$1"; }}
+    location / {{
+        # $host is in lower case, without port and last dot, but nginx lets @ # ? % and the like pass.
+        if ($host !~ "^({names}){optional}$") {{ return {refusal}; }}
+        # A proxy that already speaks HTTPS: a redirect would loop.
+        if ($http_x_forwarded_proto ~* ^https) {{ return 421; }}
++acme_path        if ($request_uri ~ {acme}) {{ return {status} {origin}$request_uri; }}
++keep_path        return {status} {origin}$request_uri;
+-keep_path        return {status} {origin}{path};
+    }}
+}}
+"""
+APACHE = """\
+# /etc/apache2/sites-available/owahttps.conf; a2enmod rewrite; a2dissite 000-default, which would catch everything first
++listen Listen {port}
+<VirtualHost *:{port}>
+    # Else %2F is 404.
+    AllowEncodedSlashes NoDecode
+    RewriteEngine on
+    RewriteCond %{{REQUEST_METHOD}} ^(CONNECT|TRACE)$
+    RewriteRule ^ - [R=405]
++health    ErrorDocument 200 "OK"
++health    RewriteRule ^{health}$ - [R=200]
++acme_dir    RewriteRule {token} "{acme_dir}/$1" [L]
++acme_dir    <Directory "{acme_dir}">
++acme_dir        Options None
++acme_dir        Require all granted
++acme_dir    </Directory>
+    # A proxy that already speaks HTTPS: a redirect would loop.
+    RewriteCond %{{HTTP:X-Forwarded-Proto}} ^https [NC]
+    RewriteRule ^ - [R=421]
+    RewriteCond %{{HTTP_HOST}} !^({names}){optional}\\.?(:[0-9]+)?$ [NC]
+    RewriteRule ^ - [R={refusal}]
+    # SERVER_NAME is the Host in lower case, without port and last dot; THE_REQUEST is never decoded.
++keep_path    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?(/[^? ]*)?" [NC]
++keep_path    RewriteRule ^ {origin}%1 [NE,L,R={status}]
++acme_path    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({acme_bare}[^? ]*)" [NC]
++acme_path    RewriteRule ^ {origin}%1 [NE,L,R={status}]
+-keep_path    RewriteRule ^ {origin}{path} [QSD,L,R={status}]
+</VirtualHost>
+"""
+HAPROXY = """\
+# /etc/haproxy/haproxy.cfg
+global
+    user haproxy
+    group haproxy
+frontend owahttps
+    bind *:{port},:::{port} v6only
+    mode http
+    timeout client 10s
+    log stdout format raw daemon
+    option httplog
++health    monitor-uri {health}
+    http-request deny deny_status 405 if METH_CONNECT or METH_TRACE
+    # A proxy that already speaks HTTPS: a redirect would loop.
+    http-request deny deny_status 421 if {{ req.hdr(x-forwarded-proto) -i -m beg https }}
+    # host_only drops the port and makes lower case; the rest of Host is as it came.
+    http-request set-var(txn.host) req.fhdr(host),host_only,regsub(\\.$,)
+    http-request deny deny_status {refusal} unless {{ var(txn.host) -m reg '^({names})$' }}
+    http-request deny deny_status 400 unless {{ path_beg / }}
++acme_path    http-request redirect code {status} location {origin}%[pathq] if {{ path_beg /.well-known/acme-challenge/ }}
++keep_path    http-request redirect code {status} location {origin}%[pathq]
+-keep_path    http-request redirect code {status} location {origin}{path}
+"""
+CADDY = """\
+# Caddyfile
+http://:{port} {{
+\tlog
+\t# In this order:
+\troute {{
+\t\t@never method CONNECT TRACE
+\t\trespond @never 405
++health\t\trespond {health} 200
++acme_dir\t\t@acme path_regexp acme `{token}`
++acme_dir\t\thandle @acme {{
++acme_dir\t\t\troot * "{acme_dir}"
++acme_dir\t\t\trewrite * /{{re.acme.1}}
++acme_dir\t\t\tfile_server
++acme_dir\t\t}}
+\t\t# A proxy that already speaks HTTPS: a redirect would loop.
+\t\t@loop header_regexp X-Forwarded-Proto (?i)^https
+\t\trespond @loop 421
+\t\t# Not {{host}}: it has no brackets round IPv6 and may hold @ # ? %
+\t\t@host header_regexp host Host `(?i)^({names})\\.?(:[0-9]+)?$`
+\t\troute @host {{
++acme_path\t\t\tredir /.well-known/acme-challenge/* {origin}{{uri}} {status}
++keep_path\t\t\tredir {origin}{{uri}} {status}
+-keep_path\t\t\tredir {origin}{path} {status}
+\t\t}}
+\t\trespond {refusal}
+\t}}
+}}
+"""
+SYSTEMD = """\
+# /etc/systemd/system/owahttps.service; copy owahttps.py to /usr/local/bin, then: systemctl enable --now owahttps
+[Unit]
+Description=Redirect from plain HTTP to HTTPS
+After=network.target
+
+[Service]
+ExecStart=/usr/bin/python3 -I /usr/local/bin/owahttps.py serve --port {port}{options}
+Restart=on-failure
+DynamicUser=yes
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+LimitNOFILE=16416
+UMask=0077
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+NoNewPrivileges=yes
+PrivateDevices=yes
+ProcSubset=pid
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProtectSystem=strict
+RestrictAddressFamilies=AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+
+[Install]
+WantedBy=multi-user.target
+"""
+# Its configuration, the file it goes into, and what the server calls the requested name.
+SERVERS = {"nginx": (NGINX, "owahttps.conf", "$host"), "apache": (APACHE, "owahttps.conf", "%{SERVER_NAME}"),
+           "haproxy": (HAPROXY, "haproxy.cfg", "%[var(txn.host)]"), "caddy": (CADDY, "Caddyfile", "{re.host.1}"),
+           "systemd": (SYSTEMD, "owahttps.service", "")}
+
+
+def server(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
+    """The recipe of another server.  A template's line that begins with +FIELD is for a rule with it, -FIELD without."""
+    template, file, requested = SERVERS[name]
+    if rule.acme_dir and name == "haproxy":
+        raise RuleError("HAProxy serves no files: leave --acme-dir out, and serve the tokens on the HTTPS side")
+    if rule.acme_dir and not re.fullmatch(r"/[A-Za-z0-9._~/-]*", rule.acme_dir):
+        raise RuleError("--acme-dir %a: a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /" % rule.acme_dir)
+    values = dict(
+        rule._asdict(), port=http_port, names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
+        refusal=421 if rule.allow_hosts else 400, optional="?" if rule.host else "", acme=ACME_PATTERN,
+        acme_bare=ACME_PATTERN[1:], token=TOKEN_PATTERN, origin="https://" + rule.authority(requested), options=options(rule))
+    chosen = dict(rule._asdict(), acme_path=not (rule.keep_path or rule.acme_dir), listen=http_port != 80)
+    lines = []
+    for line in template.splitlines(True):
+        condition = re.match(r"([+-])([a-z_]+)", line)
+        if not condition or bool(chosen[condition.group(2)]) == (condition.group(1) == "+"):
+            lines.append(line[condition.end() if condition else 0:].lstrip(" " if line.startswith("+listen") else ""))
+    return [Part("file", "".join(lines).format(**values), file)]
+
+
+RECIPES = {name: "Exchange %s on IIS %s" % (name[8:].lstrip("-").upper(), EXCHANGE[name][0]) for name in EXCHANGE}
+RECIPES["exchange2000"] += ": Microsoft's article Q279681"
+RECIPES.update(nginx="nginx 1.18 or newer", apache="Apache httpd 2.4", haproxy="HAProxy 2.2 or newer",
+               caddy="Caddy 2.4 or newer", systemd="a hardened systemd unit for owahttps.py serve")
 
 
 # ---- The stub --------------------------------------------------------------------------------------------------------
@@ -825,7 +1257,10 @@ class StubServer(ThreadingMixIn, _HTTPServer):
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
             self.fields = []    # type: List[Tuple[str, str]]
-            self.context.load_cert_chain(certificate, key or None)
+            try:
+                self.context.load_cert_chain(certificate, key or None)
+            except OSError as error:
+                raise RuleError("--cert %a, --key %a: %s" % (certificate, key, error.strerror or error)) from None
         else:
             if not ip_address(server_address[0]).is_loopback:
                 raise RuleError("%s is not a loopback address: the embedded certificate is no secret" % server_address[0])
@@ -1540,7 +1975,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        self.words.extend(name for name in names if name.startswith("--"))
+        self.words.extend([name for name in names if name.startswith("--")] + list(settings.get("choices", ())))
         return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> Any:
@@ -1629,8 +2064,9 @@ def _drop_to(user: str) -> None:
     os.setuid(entry.pw_uid)
 
 
-def _warnings(args: argparse.Namespace, rule: RedirectRule, host: str) -> Iterator[str]:
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
+def _warnings(rule: RedirectRule, host: str, user: str) -> Iterator[str]:
+    """What will hurt later, said once at the start."""
+    if not user and hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "runs as root: --user NAME gives that up once the port is bound"
     if rule.status in (301, 308) and (host == "::1" or host.startswith("127.")):
         yield "browsers keep a %d for good, for localhost too: 302 or 307 can be taken back" % rule.status
@@ -1662,7 +2098,7 @@ def command_serve(args: argparse.Namespace) -> int:
         _say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
             "[%s]" % host if ":" in str(host) else host, port, rule.authority("HOST"),
             "/, path kept" if rule.keep_path else rule.path, rule.status))
-        for warning in _warnings(args, rule, str(host)):
+        for warning in _warnings(rule, str(host), args.user):
             _say("warning: " + warning)
         server.error_log = Log(2, tell=lambda text: None)
         log = Log(1, tell=lambda text: server.error_log.write("owahttps: %s\n" % text))
@@ -1677,15 +2113,29 @@ def command_serve(args: argparse.Namespace) -> int:
 
 
 def command_generate(args: argparse.Namespace) -> int:
-    rule = RedirectRule(**_rule_fields(args))
-    parts = exchange2000(rule, args.http_port)
+    if args.list:
+        for name, what in RECIPES.items():
+            print("%-14s%s" % (name, what))
+        return 0
+    fields = _rule_fields(args)
+    if args.recipe in EXCHANGE and "A" not in EXCHANGE[args.recipe][1]:
+        fields.setdefault("path", "/owa")       # since Exchange 2007
+    rule = RedirectRule(**fields)
+    if args.recipe in EXCHANGE:
+        parts = exchange(args.recipe, rule, args.http_port, args.method, args.site)
+    else:
+        parts = server(args.recipe, rule, args.http_port)
+    if args.parts:
+        parts = [part for part in parts if part.name in args.parts]
+        if not parts:
+            raise RuleError("%s has no such part: %s" % (args.recipe, ", ".join(args.parts)))
     if args.write:
         _write_files(args.write, parts)
         return 0
     for part in parts:
-        if not args.parts or part.name in args.parts:
-            sys.stdout.write(part.text)
-            if not args.parts: print()
+        if len(parts) > 1:
+            print("---- %s ----\n" % (part.file or part.name))
+        print(part.text, end="\n" * (len(parts) > 1))
     return 0
 
 
@@ -1820,10 +2270,20 @@ examples:
 
     command = add("generate", command_generate, "Print the rule for a server to follow: files, steps and scripts.", """\
 examples:
-  owahttps.py generate                                     the article: ASP page and IIS steps""")
-    command.add_argument("--asp", dest="parts", action="append_const", const="asp", help="the ASP page alone")
-    command.add_argument("--steps", dest="parts", action="append_const", const="steps", help="the steps alone")
-    command.add_argument("--write", metavar="DIR", help="write the files there instead of printing")
+  owahttps.py generate                                     the article: ASP page and IIS steps
+  owahttps.py generate --asp > Owahttps.asp                the page alone
+  owahttps.py generate exchange2019 --host mail.example.com --path /owa --script > owahttps.cmd
+  owahttps.py generate nginx --keep-path --status 308""")
+    command.add_argument("recipe", metavar="RECIPE", nargs="?", default="exchange2000", choices=list(RECIPES),
+                         help="one of --list (exchange2000)")
+    command.add_argument("--list", action="store_true", help="say in a line what each recipe is for")
+    for part, text in (("asp", "the ASP page"), ("steps", "the steps to click"), ("script", "the commands that do the same"),
+                       ("undo", "the commands that take it back")):
+        command.add_argument("--" + part, dest="parts", action="append_const", const=part, help="print %s alone" % text)
+    command.add_argument("--write", metavar="DIR", help="write the files there instead, never over one that differs")
+    command.add_argument("--method", choices=("redirect", "403.4"), default="redirect",
+                         help="Exchange 2007 and later: Microsoft's HTTP Redirect, or the article's 403.4 (redirect)")
+    command.add_argument("--site", type=int, default=1, metavar="N", help="Exchange 2000 and 2003: the Web site's number (1)")
     command.add_argument("--http-port", type=_port, default=80, metavar="PORT", help="the port of plain HTTP (80)")
     _add_rule(command)
 
