@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -147,7 +148,6 @@ def test_doctests():
 
 def test_random_heads_never_break_a_location():
     """Whatever bytes come, a Location names the host that was asked for, in a URL that Python and the grammar both read."""
-    import random
     rnd = random.Random(279681)
     pieces = ["GET", "POST", " ", " ", "/", "/x", "//", "http://", "a", "good.example", "evil", "@", "#", "?", "\\", ":", ":80", "[::1]", "%0d%0a", "%",
               "\r\n", "\r\n", "\r", "\n", "\t", "\0", "\x7f", "\xe9", ".", "..", " HTTP/1.1\r\nHost: ", " HTTP/1.0\r\n", "\r\nHost: ", "X: y\r\n", ",", "\"", "<"]
@@ -203,8 +203,8 @@ def test_both_servers_answer_every_case_alike(monkeypatch, token_folder):
         stock.rule = rule
         with running(stock) as (_, stock_port), running(RedirectServer(("127.0.0.1", 0), rule=rule)) as (_, port):
             for case in CASES:
-                ours = owahttps._conversation(("127.0.0.1", port), case.request)
-                assert ours == owahttps._conversation(("127.0.0.1", stock_port), case.request), case.what
+                ours = owahttps._conversation(("127.0.0.1", port), case.request, 3)
+                assert ours == owahttps._conversation(("127.0.0.1", stock_port), case.request, 3), case.what
                 if owahttps._applies(case, rule):
                     assert owahttps._answers(ours, case.request) in owahttps._expected(case, rule).split("|"), case.what
                 if ours:
@@ -451,3 +451,110 @@ def test_the_systemd_unit(tmp_path):
     unit.write_text(text.replace("/usr/bin/python3 -I /usr/local/bin/owahttps.py", sys.executable))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and b"owahttps" not in done.stdout, done.stdout
+
+
+# ---- Other servers ---------------------------------------------------------------------------------------------------
+
+def find(*names):
+    return next((path for path in (shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") for name in names) if path), None)
+
+
+NGINX = """daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log {dir}/error.log;
+events {{}}
+http {{ access_log {dir}/access.log; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
+  uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
+  {text}
+}}
+"""
+APACHE = """ServerRoot {dir}
+PidFile {dir}/pid
+ErrorLog {dir}/error.log
+DefaultRuntimeDir {dir}
+ServerName plain.invalid
+<IfFile /usr/lib/apache2/modules/mod_mpm_event.so>
+LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
+</IfFile>
+LoadModule rewrite_module /usr/lib/apache2/modules/mod_rewrite.so
+LoadModule alias_module /usr/lib/apache2/modules/mod_alias.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+{text}
+"""
+# Each server: its program, what goes round its recipe, its own syntax check, how it is started.
+PEERS = {
+    "nginx": (("nginx",), NGINX, ["-t", "-q", "-c", "{conf}"], ["-c", "{conf}"]),
+    "apache": (("apache2", "httpd"), APACHE, ["-t", "-f", "{conf}"], ["-X", "-f", "{conf}"]),
+    "haproxy": (("haproxy",), "{text}", ["-c", "-q", "-f", "{conf}"], ["-db", "-f", "{conf}"]),
+    "caddy": (("caddy",), "{{\n\tadmin off\n}}\n{text}", ["validate", "--adapter", "caddyfile", "--config", "{conf}"],
+              ["run", "--adapter", "caddyfile", "--config", "{conf}"])}
+
+
+@contextlib.contextmanager
+def peer(name, text, port, folder):
+    """A server of the machine's own, with this configuration, on this loopback port; skips by name without it."""
+    programs, around, check, start = PEERS[name]
+    program = find(*programs)
+    if not program:
+        pytest.skip("no %s here" % name)
+    conf = os.path.join(folder, name + ".conf")
+    text = re.sub(r"(?m)^    (user|group) haproxy\n", "", text) if os.geteuid() else text
+    with open(conf, "w") as file:
+        file.write(around.format(dir=folder, text=text))
+    environment = dict(os.environ, HOME=folder, XDG_DATA_HOME=folder, XDG_CONFIG_HOME=folder)
+    done = subprocess.run([program] + [word.format(conf=conf) for word in check], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment)
+    assert done.returncode == 0, done.stdout.decode()
+    process = subprocess.Popen([program] + [word.format(conf=conf) for word in start], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=environment)
+    try:
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 15)
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def free_port():
+    """A port that is free now, outside the range from which the system takes its own."""
+    while True:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", random.randrange(20000, 30000)))
+            return sock.getsockname()[1]
+
+
+def failures(port, rule):
+    results = owahttps.try_cases(("127.0.0.1", port), rule, seconds=1)
+    return {what for what, expected, got in results if got not in expected.split("|")}
+
+
+# What a recipe's server does otherwise than the decision, from the README's table: N nginx, A Apache, H HAProxy, C Caddy.
+DIFFERS = {
+    'unknown method': "N", 'OPTIONS *': "NAHC", 'GET *': "C", 'Expect: 100-continue gets the final answer': "N",
+    'Host in capitals': "C", 'IPv6 Host': "C", 'IPv6 Host that is none': "NHC",
+    'Host that ends in a number, but is no IPv4 address': "NHC", 'Host with a label of 64': "NAHC",
+    'Host of 254 characters': "NAHC", 'Host port 0': "NHC", 'Host port 65536': "NHC",
+    'Host port that is no number': "NH", 'no Host, HTTP/1.0, with a fixed host': "HC", 'two Hosts, equal': "H",
+    'folded field line': "AHC", 'lone LF in the head': "NHC", "lone LF at every line's end": "NHC",
+    'NUL in the head': "H", 'DEL in the head': "NH", 'field line without a colon': "N",
+    'absolute form goes before Host': "H", 'absolute form without a path': "AH", 'absolute form with userinfo': "C",
+    'absolute form, other scheme': "NHC", 'target with a fragment': "NC", 'HTTP/0.9': "NA", 'HTTP/2 preface': "HC",
+    'HTTP/3.7': "AH", 'TLS ClientHello': "AC", 'one leading empty line': "C",
+    'Content-Length and Transfer-Encoding': "AHC", 'target of 9,000 bytes': "HC", 'head of 40,000 bytes': "C",
+    'path and query, byte for byte': "N", "outside the URL's grammar is encoded": "NAH",
+    'ACME token that is none': "NAC", 'ACME token through a symbolic link': "NAC"}
+
+
+RULES = [RedirectRule(), RedirectRule(keep_path=True, status=308), RedirectRule(host="mail.example.com", https_port=8443, path="/owa"),
+         RedirectRule(allow_hosts=("mail.example.com",), health="/health", acme_dir="{tokens}")]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: owahttps.options(rule).replace(" ", "") or "default")
+@pytest.mark.parametrize("name", list(PEERS))
+def test_servers(name, rule, tmp_path, token_folder):
+    os.chmod(str(tmp_path), 0o755)
+    for folder in (token_folder, os.path.dirname(token_folder), os.path.dirname(os.path.dirname(token_folder))):
+        os.chmod(folder, 0o755)         # the servers read as users of their own
+    rule = rule._replace(acme_dir=token_folder if rule.acme_dir and name != "haproxy" else "")
+    port = free_port()
+    text = owahttps.server(name, rule, port)[0].text
+    with peer(name, text, port, str(tmp_path)):
+        assert failures(port, rule) - {what for what, servers in DIFFERS.items() if name[0].upper() in servers} == set()
