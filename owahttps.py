@@ -4,13 +4,17 @@
 # ///
 """owahttps: whoever types http:// lands on https://host/exchange by itself.
 
-The cure of Microsoft's article Q279681 ("How to Force SSL Encryption for an OWA 2000 Client") for any box: copy this one
-file there and run it.  It needs CPython 3.6 or newer and nothing else.
+The cure of Microsoft's article Q279681 ("How to Force SSL Encryption for an OWA 2000 Client") for any box: copy this
+one file there and run it.  It needs CPython 3.6 or newer and nothing else.
 
   sudo python3 owahttps.py serve --user nobody            http://HOST/anything -> https://HOST/exchange
   python3 owahttps.py serve --port 8080 --path /owa       try it without root
   python3 owahttps.py generate                            the article's ASP page and IIS steps
   python3 owahttps.py selftest                            prove the redirect against an HTTPS stub on localhost
+  python3 owahttps.py check mail.example.com              is port 80 of this site handled right?
+  python3 owahttps.py demo --open                         show it in a browser
+
+owahttps.py COMMAND --help tells the rest.
 """
 import argparse
 import calendar
@@ -60,7 +64,7 @@ _ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 # RFC 3986 §2.3, unreserved characters: every server's configuration, cmd.exe and VBScript take them literally.
 _PATH = re.compile(r"/[A-Za-z0-9._~/-]*")
 ACME_PREFIX = "/.well-known/acme-challenge/"
-# Everything else in a request target is percent-encoded, and so is a "%" that encodes nothing (RFC 3986 §3.3 and §3.4).
+# Anything else in a request target is percent-encoded, and so is a "%" that encodes nothing (RFC 3986 §3.3, §3.4).
 _OUTSIDE_URL = re.compile(r"[^A-Za-z0-9._~:/?@!$&'()*+,;=%-]|%(?![0-9A-Fa-f]{2})")
 
 
@@ -678,7 +682,7 @@ ASP_PAGE = """\
 
 
 def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
-    """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError for what it cannot express."""
+    """The article's Owahttps.asp for this rule, to the letter for the default one; raises RuleError where it cannot be."""
     for wrong, reason in ((rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
                           (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
                           (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
@@ -712,7 +716,7 @@ Deep links are lost: everybody lands on {path}. A form that was posted has cross
 Without a certificate on the site, Require secure channel answers 403 to everything.
 Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.""",
     "S": "Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.",
-    "T": "Not behind a load balancer that ends TLS: every request arrives on port {http_port}, and is redirected for ever.",
+    "T": "Not behind a load balancer that ends TLS: every request comes to port {http_port}, and is redirected for ever.",
     "L": "The script and its undo were never run on Windows: read them first.",
     "P": "The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).",
     "M": "On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.",
@@ -733,7 +737,7 @@ Under Extended Protection (on by default from Exchange 2019 CU14) /owa keeps Req
 ABOUT = {
     "article": "The error 403.4 of the {folder} folder runs an ASP page, which redirects to {url}\n",
     "redirect": "The root of Default Web Site redirects to {url}\n"
-                "Its virtual directories do not. The name of a file right below the root is appended to that address.\n",
+                "Its virtual directories do not. The name of a file right below the root is appended to it.\n",
     "403.4": "Require SSL stays on, and its error 403.4 leads to {url}\n"
              "A browser on the server itself is shown a detailed error instead: test from another machine.\n"}
 STEPS = {
@@ -781,8 +785,8 @@ STEPS = {
     OK.
 """}
 IIS6_STEPS = """\
-    On IIS 6.0 (labels not verified): the site is below Web Sites; under Web Service Extensions, allow Active Server Pages;
-    make Owaasp an application in the application pool that the {folder} folder uses.
+    On IIS 6.0 (labels not verified): the site is below Web Sites; under Web Service Extensions, allow Active Server
+    Pages; make Owaasp an application in the application pool that the {folder} folder uses.
 """
 CMD = """\
 @echo off
@@ -948,8 +952,8 @@ STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedi
 
 
 def exchange(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
-    """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for later
-    ones by `method`, "redirect" (Microsoft's procedure) or "403.4" (what became of the article's)."""
+    """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
+    later ones by `method`, "redirect" (Microsoft's procedure) or "403.4" (what became of the article's)."""
     iis, marks = EXCHANGE[name]
     method = "article" if "A" in marks else method
     page = asp_page(rule, http_port) if method == "article" else ""
@@ -985,17 +989,18 @@ def exchange(name: str, rule: RedirectRule, http_port: int, method: str, site: i
               "OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell (PowerShell)")
     values["error_page"] = ('>"%s" echo ^<meta http-equiv="refresh" content="0;url=%s"^>^<a href="%s"^>%s^</a^>\n'
                             % (values["error_path"], url, url, url)) if file else ""
-    about = ABOUT[method] + "".join(" - %s\n" % re.sub(r"\n(?! )", "\n - ", CAVEATS[mark]).replace("\n  ", "\n   ") for mark in marks)
-    parts = [("about", about, ""), ("steps", STEPS[method] + (IIS6_STEPS if "P" in marks else ""), ""),
-             ("script", SCRIPT[method], "owahttps.cmd"), ("undo", UNDO[method], "owahttps-undo.cmd"), ("verify", VERIFY, "")]
+    caveats = "".join(CAVEATS[mark] + "\n" for mark in marks)
+    parts = [("about", ABOUT[method] + re.sub("(?m)^(?=[^ ])", " - ", caveats).replace("\n  ", "\n   "), ""),
+             ("steps", STEPS[method] + (IIS6_STEPS if "P" in marks else ""), ""), ("script", SCRIPT[method], "owahttps.cmd"),
+             ("undo", UNDO[method], "owahttps-undo.cmd"), ("verify", VERIFY, "")]
     return ([Part("asp", page, "Owahttps.asp", "\r\n")] if page else []) + [
         Part(part, text.format(**values), file, "\r\n") for part, text, file in parts]
 
 
 # The other servers: what a Host may be there (an address is not looked at closely), the ACME paths, and a token's path.
 HOST_PATTERN = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
-ACME_PATTERN = "^" + ACME_PREFIX.replace(".", r"\.")
-TOKEN_PATTERN = ACME_PATTERN + "([A-Za-z0-9_-]+)$"
+ACME_PATTERN = ACME_PREFIX.replace(".", r"\.")
+TOKEN_PATTERN = "^%s([A-Za-z0-9_-]+)$" % ACME_PATTERN
 NGINX = """\
 # /etc/nginx/conf.d/owahttps.conf; let no other default_server be left: rm /etc/nginx/sites-enabled/default
 server {{
@@ -1009,7 +1014,7 @@ server {{
         if ($host !~ "^({names}){optional}$") {{ return {refusal}; }}
         # A proxy that already speaks HTTPS: a redirect would loop.
         if ($http_x_forwarded_proto ~* ^https) {{ return 421; }}
-+acme_path        if ($request_uri ~ {acme}) {{ return {status} {origin}$request_uri; }}
++acme_path        if ($request_uri ~ ^{acme}) {{ return {status} {origin}$request_uri; }}
 +keep_path        return {status} {origin}$request_uri;
 -keep_path        return {status} {origin}{path};
     }}
@@ -1039,7 +1044,7 @@ APACHE = """\
     # SERVER_NAME is the Host in lower case, without port and last dot; THE_REQUEST is never decoded.
 +keep_path    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?(/[^? ]*)?" [NC]
 +keep_path    RewriteRule ^ {origin}%1 [NE,L,R={status}]
-+acme_path    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({acme_bare}[^? ]*)" [NC]
++acme_path    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({acme}[^? ]*)" [NC]
 +acme_path    RewriteRule ^ {origin}%1 [NE,L,R={status}]
 -keep_path    RewriteRule ^ {origin}{path} [QSD,L,R={status}]
 </VirtualHost>
@@ -1063,7 +1068,7 @@ frontend owahttps
     http-request set-var(txn.host) req.fhdr(host),host_only,regsub(\\.$,)
     http-request deny deny_status {refusal} unless {{ var(txn.host) -m reg '^({names})$' }}
     http-request deny deny_status 400 unless {{ path_beg / }}
-+acme_path    http-request redirect code {status} location {origin}%[pathq] if {{ path_beg /.well-known/acme-challenge/ }}
++acme_path    http-request redirect code {status} location {origin}%[pathq] if {{ path_beg {acme_prefix} }}
 +keep_path    http-request redirect code {status} location {origin}%[pathq]
 -keep_path    http-request redirect code {status} location {origin}{path}
 """
@@ -1088,7 +1093,7 @@ http://:{port} {{
 \t\t# Not {{host}}: it has no brackets round IPv6 and may hold @ # ? %
 \t\t@host header_regexp host Host `(?i)^({names})\\.?(:[0-9]+)?$`
 \t\troute @host {{
-+acme_path\t\t\tredir /.well-known/acme-challenge/* {origin}{{uri}} {status}
++acme_path\t\t\tredir {acme_prefix}* {origin}{{uri}} {status}
 +keep_path\t\t\tredir {origin}{{uri}} {status}
 -keep_path\t\t\tredir {origin}{path} {status}
 \t\t}}
@@ -1142,7 +1147,7 @@ SERVERS = {"nginx": (NGINX, "owahttps.conf", "$host"), "apache": (APACHE, "owaht
 
 
 def server(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
-    """The recipe of another server.  A template's line that begins with +FIELD is for a rule with it, -FIELD without."""
+    """The recipe of another server; a template's line that begins with +FIELD is for a rule with it, -FIELD without."""
     template, file, requested = SERVERS[name]
     if rule.acme_dir and name == "haproxy":
         raise RuleError("HAProxy serves no files: leave --acme-dir out, and serve the tokens on the HTTPS side")
@@ -1150,8 +1155,8 @@ def server(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
         raise RuleError("--acme-dir %a: a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /" % rule.acme_dir)
     values = dict(
         rule._asdict(), port=http_port, names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
-        refusal=421 if rule.allow_hosts else 400, optional="?" if rule.host else "", acme=ACME_PATTERN,
-        acme_bare=ACME_PATTERN[1:], token=TOKEN_PATTERN, origin="https://" + rule.authority(requested), options=options(rule))
+        refusal=421 if rule.allow_hosts else 400, optional="?" if rule.host else "", acme_prefix=ACME_PREFIX,
+        acme=ACME_PATTERN, token=TOKEN_PATTERN, origin="https://" + rule.authority(requested), options=options(rule))
     chosen = dict(rule._asdict(), acme_path=not (rule.keep_path or rule.acme_dir), listen=http_port != 80)
     lines = []
     for line in template.splitlines(True):
@@ -1169,10 +1174,11 @@ RECIPES.update(nginx="nginx 1.18 or newer", apache="Apache httpd 2.4", haproxy="
 
 # ---- The stub --------------------------------------------------------------------------------------------------------
 
-# For loopback alone: everybody has this key.  No CA, so that whoever trusts it trusts it for localhost and nothing else.
+# For loopback alone: everybody has this key.  No CA, so that who trusts it trusts it for localhost and nothing else.
 #   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -keyout - \
 #     -not_before 20000101000000Z -not_after 99991231235959Z -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
-#     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature -addext extendedKeyUsage=serverAuth
+#     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature \
+#     -addext extendedKeyUsage=serverAuth
 STUB_KEY = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgPg9gSjXLilqfI48Z
@@ -1223,8 +1229,8 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def page(self) -> Tuple[int, str, List[Tuple[str, str]]]:
         """Status, title, and what happened: a sentence and its detail each."""
-        return 200, "You are on HTTPS", self.server.story() + [     # type: ignore
-            ("This page came over a secure channel.", "%s, %s" % (self.connection.version(), self.connection.cipher()[0]))]
+        secure = "%s, %s" % (self.connection.version(), self.connection.cipher()[0])
+        return 200, "You are on HTTPS", self.server.story() + [("This page came over a secure channel.", secure)]
 
     def do_GET(self) -> None:
         status, title, steps = self.page()
@@ -1263,7 +1269,7 @@ class StubServer(ThreadingMixIn, _HTTPServer):
                 raise RuleError("--cert %a, --key %a: %s" % (certificate, key, error.strerror or error)) from None
         else:
             if not ip_address(server_address[0]).is_loopback:
-                raise RuleError("%s is not a loopback address: the embedded certificate is no secret" % server_address[0])
+                raise RuleError("%s is no loopback address: the embedded certificate is no secret" % server_address[0])
             # No browser keeps it: RFC 6797 §8.1 ignores the field where the certificate is not trusted.
             self.fields = [("Strict-Transport-Security", "max-age=31536000")]
             with tempfile.TemporaryDirectory() as folder:       # ssl takes a key from a file alone
@@ -1683,9 +1689,9 @@ def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str =
 
 # ---- The self-test ---------------------------------------------------------------------------------------------------
 
-# Requests to the byte, and what must come back: "STATUS Location" for each answer, "closed" for none; "400|505" is either.
-# $ is CR LF, HOST is "Host: mail.example.com", TO is https://mail.example.com, & is "Connection: close" and the empty line,
-# (x*9) is xxxxxxxxx.  [FIELD] is the field of the rule without which the case says nothing, [no FIELD] the one with which.
+# Requests to the byte, and what must come back: "STATUS Location" for each answer, "closed" for none; "|" is or.
+# $ is CR LF, HOST is "Host: mail.example.com", TO is https://mail.example.com, & is "Connection: close" and the empty
+# line, (x*9) is xxxxxxxxx.  [FIELD] is the field of the rule without which a case says nothing, [no FIELD] with which.
 CASES = r"""
 GET                                          | 302 TO/exchange | GET / HTTP/1.1$HOST$&
 HEAD has no body                             | 302 TO/exchange | HEAD / HTTP/1.1$HOST$&
@@ -1894,7 +1900,7 @@ def running(server: HTTPServer) -> Iterator[Tuple[str, int]]:
 
 
 def try_end_to_end() -> Iterator[Result]:
-    """The article's step 18: ask a listener over plain HTTP, and follow it to an HTTPS stub whose certificate is verified."""
+    """The article's step 18: ask a listener over plain HTTP, follow it to an HTTPS stub, and verify its certificate."""
     with running(StubServer(("127.0.0.1", 0))) as stub:
         rule = RedirectRule(https_port=stub[1])
         with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
@@ -1942,17 +1948,15 @@ class BeforeHandler(StubHandler):
 
 
 class _LastRedirect:
-    """An access log that keeps its last line, for the stub's page to tell of it."""
-
-    def __init__(self, rule: RedirectRule, origin: str) -> None:
-        self.rule, self.origin, self.target = rule, origin, "/"
+    """An access log that keeps the target of its last line, for the stub's page to tell of it."""
+    rule, origin, target = RedirectRule(), "", "/"
 
     def write(self, line: str) -> None:
         self.target = line.split(" ")[6]
 
     def story(self) -> List[Tuple[str, str]]:
         return [("You typed an address without https.", self.origin + self.target),
-                ("Port 80 is served by owahttps alone here. It answered with a redirect.", "HTTP/1.1 %d %s\nLocation: %s" % (
+                ("owahttps answered with a redirect.", "HTTP/1.1 %d %s\nLocation: %s" % (
                     self.rule.status, PHRASES[self.rule.status], self.rule.location("localhost", self.target)))]
 
 
@@ -2156,7 +2160,7 @@ def _write_files(folder: str, parts: List[Part]) -> None:
             except FileExistsError:
                 with open(path, "rb") as file:
                     if file.read() != data:
-                        raise Failure("%s is there and says something else: it stays as it is; move it, or write elsewhere" % path) from None
+                        raise Failure("%s is there and says something else: move it, or write elsewhere" % path) from None
             print(path)
 
 
@@ -2225,28 +2229,28 @@ def command_demo(args: argparse.Namespace) -> int:
     over = threading.Event()
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), lambda *_: over.set())
-    last = []       # type: List[_LastRedirect]
-    stub = _next_free(lambda port: StubServer(("127.0.0.1", port), args.cert, args.key, lambda: last[0].story() if last else []),
+    last = _LastRedirect()
+    stub = _next_free(lambda port: StubServer(("127.0.0.1", port), args.cert, args.key, last.story),
                       getattr(args, "https_port", 8443))
-    with running(stub) as secure:
-        rule = RedirectRule(**dict(_rule_fields(args), https_port=secure[1]))
-        make = (lambda port: _HTTPServer(("127.0.0.1", port), BeforeHandler)) if args.before else (
-            lambda port: RedirectServer(("127.0.0.1", port), rule=rule))     # type: Callable[[int], Any]
-        server = _next_free(make, args.port)
-        url = "http://localhost:%d" % server.server_address[1]
-        if not args.before:
-            last.append(_LastRedirect(rule, url))
-            server.access_log = last[0]
+    with running(stub) as (_, https_port):
+        rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
+        if args.before:
+            server = _next_free(lambda port: _HTTPServer(("127.0.0.1", port), BeforeHandler), args.port)
+        else:
+            server = _next_free(lambda port: RedirectServer(("127.0.0.1", port), rule=rule, access_log=last), args.port)
+        url = last.origin = "http://localhost:%d" % server.server_address[1]
+        last.rule = rule
         with running(server):
-            print("%s/  %s" % (url, "answers 403.4, as IIS does before the cure" if args.before else "-> https://localhost:%d%s" % (
-                secure[1], rule.path)), flush=True)
+            what = "answers 403.4, as IIS does" if args.before else "-> " + rule.location("localhost", "/")
+            print("%s/  %s" % (url, what), flush=True)
             if not args.cert:
-                _say("the certificate is for demos: a browser warns of it; curl -iL --cacert %s %s/" % (os.path.basename(__file__), url))
+                _say("the certificate is for demos, and a browser warns of it; curl -iL --cacert %s %s/" % (
+                    os.path.basename(__file__), url))
             _say("Ctrl-C ends it")
             if args.open:
                 import webbrowser
                 webbrowser.open(url + "/")
-            while not over.wait(0.5):
+            while not over.wait(0.5):       # Windows would not let Ctrl-C through a wait without an end
                 pass
     return 0
 
@@ -2283,17 +2287,17 @@ examples:
     command.add_argument("recipe", metavar="RECIPE", nargs="?", default="exchange2000", choices=list(RECIPES),
                          help="one of --list (exchange2000)")
     command.add_argument("--list", action="store_true", help="say in a line what each recipe is for")
-    for part, text in (("asp", "the ASP page"), ("steps", "the steps to click"), ("script", "the commands that do the same"),
-                       ("undo", "the commands that take it back")):
+    for part, text in (("asp", "the ASP page"), ("steps", "the steps to click"),
+                       ("script", "the commands that do the same"), ("undo", "the commands that take it back")):
         command.add_argument("--" + part, dest="parts", action="append_const", const=part, help="print %s alone" % text)
     command.add_argument("--write", metavar="DIR", help="write the files there instead, never over one that differs")
     command.add_argument("--method", choices=("redirect", "403.4"), default="redirect",
                          help="Exchange 2007 and later: Microsoft's HTTP Redirect, or the article's 403.4 (redirect)")
-    command.add_argument("--site", type=int, default=1, metavar="N", help="Exchange 2000 and 2003: the Web site's number (1)")
+    command.add_argument("--site", type=int, default=1, metavar="N", help="IIS 5 and 6: the Web site's number (1)")
     command.add_argument("--http-port", type=_port, default=80, metavar="PORT", help="the port of plain HTTP (80)")
     _add_rule(command)
 
-    command = add("selftest", command_selftest, "Prove the redirect: end to end against an HTTPS stub, then case by case.", """\
+    command = add("selftest", command_selftest, "Prove the redirect, end to end and case by case.", """\
 Exit 0: all passed, 1: not all.
 examples:
   owahttps.py selftest
