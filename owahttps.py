@@ -1207,10 +1207,10 @@ STUB_PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-  :root {{ color-scheme: light dark; --line: #8884; --good: #0a7d33; }}
-  @media (prefers-color-scheme: dark) {{ :root {{ --good: #5fd38d; }} }}
+  :root {{ color-scheme: light dark; --line: #8884; --good: #0a7d33; --bad: #b3261e; }}
+  @media (prefers-color-scheme: dark) {{ :root {{ --good: #5fd38d; --bad: #ff8a80; }} }}
   body {{ font: 1.05rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1.2rem; }}
-  h1 {{ font-size: 1.5rem; color: var(--good); }}
+  h1 {{ font-size: 1.5rem; color: var(--{mood}); }}
   li {{ margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .5rem; list-style: none; }}
   ol {{ padding: 0; }}
   code {{ display: block; margin-top: .3rem; font-size: .95rem; overflow-wrap: anywhere; white-space: pre-wrap; }}
@@ -1234,7 +1234,7 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         status, title, steps = self.page()
-        page = STUB_PAGE.format(title=title, steps="".join(
+        page = STUB_PAGE.format(title=title, mood="good" if status == 200 else "bad", steps="".join(
             "<li>%s<code>%s</code>\n" % (escape(sentence), escape(detail)) for sentence, detail in steps)).encode()
         self.send_response(status)
         for name, value in getattr(self.server, "fields", []):
@@ -2122,6 +2122,21 @@ def command_serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def _write_files(folder: str, parts: List[Part]) -> None:
+    """Write the parts that are files, but never over a file that says something else."""
+    for part in parts:
+        if part.file:
+            path, data = os.path.join(folder, part.file), part.text.replace("\n", part.newline).encode("ascii")
+            try:
+                with open(path, "xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                with open(path, "rb") as file:
+                    if file.read() != data:
+                        raise Failure("%s is there and says something else: move it, or write elsewhere" % path) from None
+            print(path)
+
+
 def command_generate(args: argparse.Namespace) -> int:
     if args.list:
         for name, what in RECIPES.items():
@@ -2147,21 +2162,6 @@ def command_generate(args: argparse.Namespace) -> int:
             print("---- %s ----\n" % (part.file or part.name))
         print(part.text, end="\n" * (len(parts) > 1))
     return 0
-
-
-def _write_files(folder: str, parts: List[Part]) -> None:
-    """Write the parts that are files, but never over a file that says something else."""
-    for part in parts:
-        if part.file:
-            path, data = os.path.join(folder, part.file), part.text.replace("\n", part.newline).encode("ascii")
-            try:
-                with open(path, "xb") as file:
-                    file.write(data)
-            except FileExistsError:
-                with open(path, "rb") as file:
-                    if file.read() != data:
-                        raise Failure("%s is there and says something else: move it, or write elsewhere" % path) from None
-            print(path)
 
 
 def _report(results: Iterable[Result], quiet: bool) -> int:

@@ -453,6 +453,207 @@ def test_the_systemd_unit(tmp_path):
     assert done.returncode == 0 and b"owahttps" not in done.stdout, done.stdout
 
 
+# ---- The self-test, sabotaged ----------------------------------------------------------------------------------------
+
+def failing():
+    return [(what, expected, got) for what, expected, got in owahttps.try_ourselves() if got not in expected.split("|")]
+
+
+def test_selftest_passes_in_time():
+    start = time.monotonic()
+    code, out, err = run("selftest")
+    assert (code, err) == (0, "") and time.monotonic() - start < 5
+    assert out.splitlines()[-1] == "%d checks, 0 failed" % out.count("ok   ") and "\033" not in out
+
+
+class WrongCertificate(owahttps.StubServer):
+    """Trusts nothing that the self-test knows."""
+
+    def __init__(self, *args, **fields):
+        super().__init__(*args, **fields)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)      # no certificate at all
+
+
+class DeadStub(owahttps.StubServer):
+    def verify_request(self, request, client_address):
+        return False
+
+
+def sabotaged_rule(**wrong):
+    return type("Sabotaged", (RedirectRule,), {"__new__": lambda cls, *args, **fields: super(RedirectRule, cls).__new__(
+        cls, *RedirectRule(*args, **dict(fields, **wrong)))})
+
+
+@pytest.mark.parametrize("name, value, must_fail", [
+    ("RedirectRule", sabotaged_rule(status=301), "plain HTTP is redirected"),
+    ("RedirectRule", sabotaged_rule(host="evil.example"), "plain HTTP is redirected"),
+    ("RedirectRule", sabotaged_rule(path="/owa"), "plain HTTP is redirected"),
+    ("StubServer", WrongCertificate, "the stub's page comes over verified TLS"), ("StubServer", DeadStub, "check finds nothing wrong"),
+    ("RedirectRule.location", lambda self, name, target: "http://%s:%d/exchange" % (name, self.https_port), "plain HTTP is redirected"),
+    ("RedirectRule.location", lambda self, name, target: "https://" + name + target, "Host with a port"),
+    ("server_name", lambda authority: authority, "Host with '@'"), ("RedirectServer", None, "plain HTTP is redirected")],
+    ids=["status", "host", "path", "certificate", "dead stub", "http Location", "fixed path", "any Host", "no redirect"])
+def test_sabotage_turns_the_selftest_red(monkeypatch, name, value, must_fail):
+    """Each part broken on purpose: a self-test that stays green proves nothing."""
+    if value is None:
+        value = lambda address, rule: owahttps._HTTPServer(address, owahttps.BeforeHandler)     # noqa: E731
+    owner, _, attribute = name.rpartition(".")
+    monkeypatch.setattr(getattr(owahttps, owner) if owner else owahttps, attribute, value)
+    owahttps.answer.cache_clear()
+    red = [what for what, _, _ in failing()]
+    owahttps.answer.cache_clear()
+    assert must_fail in red
+
+
+def test_selftest_fails_by_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(owahttps, "STUB_CERTIFICATE", owahttps.STUB_CERTIFICATE.replace("MIIB0j", "MIIB1j"))
+    monkeypatch.setattr(owahttps, "try_end_to_end", lambda: iter([("a", "b|c", "d"), ("e", "f", "f")]))
+    assert owahttps.main(["selftest", "--quiet"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL      a: expected b|c, got d" in out and out.endswith("1 failed\n") and "ok  " not in out
+
+
+# ---- The text and its promises ---------------------------------------------------------------------------------------
+
+def source():
+    with open(SCRIPT, encoding="utf-8") as file:
+        return file.read()
+
+
+def test_size_is_a_feature():
+    lines = source().splitlines()
+    assert len(lines) <= CAP and max(map(len, lines)) <= 120
+
+
+CAP = 2400
+
+
+def test_nothing_is_used_before_it_is_defined():
+    """The file reads top to bottom: what a function or class uses stands above it."""
+    defined, early = {}, []
+    tree = ast.parse(source())
+    for node in tree.body:
+        for name in [getattr(node, "name", None)] + [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]:
+            defined.setdefault(name, node.lineno)
+    for node in tree.body:
+        for use in ast.walk(node):
+            if isinstance(use, ast.Name) and defined.get(use.id, 0) > node.lineno and use.id != getattr(node, "name", ""):
+                early.append((getattr(node, "name", "line %d" % node.lineno), use.id))
+    assert early == []
+
+
+def test_imports_are_the_standard_librarys():
+    roots = set()
+    for node in ast.walk(ast.parse(source())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            roots.add(node.module.split(".")[0])
+    if hasattr(sys, "stdlib_module_names"):
+        assert roots <= sys.stdlib_module_names
+    done = subprocess.run([sys.executable, "-S", "-E", "-s", "-c", "import owahttps"], cwd=HERE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()       # without site-packages
+
+
+def test_all_is_what_it_says():
+    assert all(hasattr(owahttps, name) for name in owahttps.__all__)
+    for name in owahttps.__all__:
+        assert getattr(owahttps, name).__doc__, name
+
+
+def readme():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def help_of(command):
+    return run(*([command] if command else []) + ["--help"])[1]
+
+
+def test_the_readmes_commands_and_options_exist():
+    """Every command line and option in the README is one, and every option of --help is in the README."""
+    text = readme()
+    commands = set(re.findall(r"python3 owahttps\.py ([a-z]+)\b", text))
+    assert commands == {"serve", "generate", "check", "selftest", "demo"}
+    every = {command: set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", help_of(command))) for command in commands}
+    everywhere = set().union(*every.values())
+    others = {"--against", "--cacert", "--version"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others <= everywhere
+    assert everywhere - {"--help"} <= set(re.findall(r"--[a-z][a-z-]+", text))
+    for line in re.findall(r"(?m)^\$ .*owahttps\.py (.*?)(?: *#.*| &| >.*)?$", text):
+        words = line.split()
+        assert {word for word in words if word.startswith("--")} <= every[words[0]], line
+
+
+def test_the_readme_names_what_servers_do_otherwise():
+    for what in DIFFERS:
+        assert "| %s |" % what in readme(), what
+    for line in run("generate", "--list")[1].splitlines():
+        assert line in readme()
+
+
+@pytest.mark.parametrize("command", ["", "serve", "generate", "check", "selftest", "demo"])
+def test_help_fits_a_screen(command):
+    text = help_of(command)
+    assert len(text.splitlines()) <= 50 and (not command or "examples:" in text) and "==SUPPRESS==" not in text
+    assert run()[1] == help_of("")
+
+
+def test_version():
+    assert run("--version") == (0, "owahttps %s%s" % (owahttps.__version__, os.linesep), "")
+
+
+# ---- Every box -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", ["-I", "-O", "-OO", "-bb", "-Werror", "-Xdev", "-S", "-B"])
+def test_flags(flags):
+    if flags == "-Xdev":
+        flags = ["-X", "dev", "-W", "error"]
+    done = subprocess.run([sys.executable] + ([flags] if isinstance(flags, str) else flags) + [SCRIPT, "selftest", "--quiet"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"") and b" 0 failed" in done.stdout
+
+
+def test_from_anywhere(tmp_path):
+    """From a folder with spaces and letters beyond ASCII, that cannot be written; from standard input; as a module; and
+    nothing is left beside the file."""
+    folder = tmp_path / "a b \xe9"
+    folder.mkdir()
+    shutil.copy(SCRIPT, str(folder))
+    os.chmod(str(folder), 0o555)
+    bare = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TEMP", "TMP")}
+    try:
+        for argv, settings in (([str(folder / "owahttps.py")], dict(env=dict(bare, LANG="C", LC_ALL="C"))),
+                               (["owahttps.py"], dict(cwd=str(folder), env=dict(bare, LC_ALL="C"))),
+                               (["-B", "-m", "owahttps"], dict(cwd=str(folder))), (["-"], dict(input=source().encode()))):
+            done = subprocess.run([sys.executable] + argv + ["selftest", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+            assert (done.returncode, done.stderr) == (0, b"") and b" 0 failed" in done.stdout
+    finally:
+        os.chmod(str(folder), 0o755)
+    assert os.listdir(str(folder)) == ["owahttps.py"]
+
+
+def test_output_that_cannot_be_written():
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([sys.executable, SCRIPT, "generate"], stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 1 and done.stderr.decode() == "owahttps: error: No space left on device\n"
+    process = subprocess.Popen([sys.executable, SCRIPT, "generate"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(10) == 1
+    process.stderr.close()
+
+
+def test_colour_is_for_terminals(monkeypatch, capsys):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert owahttps._paint("ok") == "ok"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert owahttps._paint("ok") == "\033[32mok\033[m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert owahttps._paint("ok") == "ok"
+
+
 # ---- Other servers ---------------------------------------------------------------------------------------------------
 
 def find(*names):
