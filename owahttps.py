@@ -17,7 +17,6 @@ one file there and run it.  It needs CPython 3.6 or newer and nothing else.
 owahttps.py COMMAND --help tells the rest.
 """
 import argparse
-import calendar
 import contextlib
 import errno
 import os
@@ -1250,12 +1249,19 @@ class StubHandler(BaseHTTPRequestHandler):
         pass
 
 
-class StubServer(ThreadingMixIn, _HTTPServer):
+class _ThreadingServer(ThreadingMixIn, _HTTPServer):
+    """A thread a connection, as browsers open some that they do not use."""
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a browser that does not trust the certificate breaks off, and asks its user."""
+
+
+class StubServer(_ThreadingServer):
     """HTTPS with this certificate and key, or with the embedded ones, which are for loopback addresses alone.
 
     story() tells what happened before, for the page: [(sentence, detail), ...].
     """
-    daemon_threads = True
 
     def __init__(self, server_address: Tuple[str, int], certificate: str = "", key: str = "",
                  story: Callable[[], List[Tuple[str, str]]] = list) -> None:
@@ -1283,9 +1289,6 @@ class StubServer(ThreadingMixIn, _HTTPServer):
         request, client_address = super().get_request()     # the handshake is left to the handler's thread
         return self.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False), client_address
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a browser that does not trust the certificate breaks off, and asks its user."""
-
 
 # ---- The check -------------------------------------------------------------------------------------------------------
 
@@ -1299,6 +1302,7 @@ EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "critical": 2, "unknown": 3}    
 FINDINGS = {id: (severity, " ".join(text.split())) for severity, id, text in re.findall(r"^(\w+) +(\S+): (.*(?:\n .*)*)", """\
 ok       redirection-to-https: {url} goes to {location}
 ok       redirection-not-needed-no-http: {origin} is closed and HTTPS answers: nothing is left to redirect
+unknown  address-unreachable: {address} cannot be reached from here ({error}): -4 or -6 leaves it out
 unknown  host-unknown: {host} has no address to ask: {error}
 critical http-no-answer: {url} gives no answer: {error}
 critical http-garbled: {url} does not answer in HTTP: see what listens there
@@ -1331,7 +1335,7 @@ critical redirection-invalid-cert.self-signed: the certificate of {origin} is se
 critical redirection-invalid-cert.chain: the certificate of {origin} does not lead to a trusted authority: send the
     intermediate certificates, or give --ca-file
 warning  cert-expires-soon: the certificate of {origin} expires {date}, in {days} days: renew it
-warning  response.no_header: {url} sends no Strict-Transport-Security: a browser will try http:// first again
+warning  response.no_header: {url} sends no usable Strict-Transport-Security: a browser will try http:// first again
 warning  header.preloadable.max_age.too_low: {url} has a Strict-Transport-Security max-age of {age} s, under half a year
 note     header.preloadable.max_age.below_1_year: {url} has a Strict-Transport-Security max-age of {age} s, under a year
 warning  redirects.http.useless_header: {url} sends Strict-Transport-Security in clear, where browsers must ignore it
@@ -1393,6 +1397,16 @@ def parse_url(text: str) -> Url:
                target if target.startswith("/") else "/" + target)
 
 
+@contextlib.contextmanager
+def _connected(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext], seconds: float) -> Iterator[Any]:
+    """A socket, after the TLS handshake if there is a context, in so many seconds at the most."""
+    deadline = time.monotonic() + seconds
+    with socket.create_connection(address, seconds) as plain:
+        plain.settimeout(max(0.001, deadline - time.monotonic()))
+        with context.wrap_socket(plain, server_hostname=url.name.strip("[]")) if context else plain as sock:
+            yield sock
+
+
 def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext], host: str, seconds: float) -> Response:
     """GET url from address, with this Host field, in so many seconds at the most; no cookie, no credential, no body.
 
@@ -1400,49 +1414,40 @@ def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext],
     """
     deadline = time.monotonic() + seconds
     data = b""
-    with socket.create_connection(address, seconds) as plain, (
-            context.wrap_socket(plain, server_hostname=url.name.strip("[]")) if context else plain) as sock:
+    with _connected(url, address, context, seconds) as sock:
         sock.sendall(("GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: owahttps/%s\r\nAccept: */*\r\nConnection: close\r\n\r\n"
                       % (url.target, host, __version__)).encode("latin-1"))
         try:
-            while len(data) < MAX_ANSWER:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
+            # A redirect is read to the end of its head: some load balancers leave the connection open after it.
+            while len(data) < MAX_ANSWER and not re.match(rb"HTTP/1\.[01] 3[^\0]*?\n\r?\n", data):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise socket.timeout
+                sock.settimeout(left)
                 chunk = sock.recv(16 * 1024)
                 if not chunk:
                     break
                 data += chunk
         except OSError:
-            if b"\r\n\r\n" not in data:
+            if not re.search(rb"\n\r?\n", data):
                 raise
     if not data:
         raise ConnectionError("closed without an answer")
-    head, _, body = data.decode("latin-1").partition("\r\n\r\n")
-    line, *lines = head.split("\r\n")
+    head, *body = re.split(r"\n\r?\n", data.decode("latin-1"), maxsplit=1)
+    line, *lines = re.split(r"\r?\n", head.rstrip("\r"))      # RFC 9112 §2.2: a lone LF ends a line too
     match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
-    if not match:
-        raise ValueError("no HTTP/1 status line")
+    if not match or not body:
+        raise ValueError("no HTTP/1 head")
     fields = [(name.lower(), value.strip("\t ")) for name, colon, value in (text.partition(":") for text in lines) if colon]
-    return Response(int(match.group(1)), fields, body)
+    return Response(int(match.group(1)), fields, body[0])
 
 
-class _Handshake(NamedTuple):
-    """What one TLS handshake came to: OpenSSL's verify code (0: trusted), the certificate, and its fields if trusted."""
-    code: int
-    der: bytes
-    fields: Dict[str, Any]
-
-
-def _handshake(url: Url, address: Tuple[str, int], context: ssl.SSLContext, seconds: float) -> _Handshake:
-    with socket.create_connection(address, seconds) as plain:
-        try:
-            with context.wrap_socket(plain, server_hostname=url.name.strip("[]")) as sock:
-                return _Handshake(0, sock.getpeercert(True) or b"", sock.getpeercert() or {})
-        except ssl.CertificateError as error:       # Python 3.6 has no code, and this for the name alone
-            return _Handshake(getattr(error, "verify_code", 62), b"", {})
-        except ssl.SSLError as error:
-            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
-                raise
-            return _Handshake(-1, b"", {})
+def _trusting(trust: Dict[str, Any], check_hostname: bool = True, flags: int = 0) -> ssl.SSLContext:
+    """As browsers verify, so without X509_V_FLAG_X509_STRICT: Python 3.13 sets it, and it refuses many a company's CA."""
+    context = ssl.create_default_context(**trust)
+    context.check_hostname = check_hostname
+    context.verify_flags = context.verify_flags & ~0x20 | flags
+    return context
 
 
 class _SiteCheck:
@@ -1474,42 +1479,48 @@ class _SiteCheck:
         if origin not in self._contexts:
             try:
                 self._contexts[origin] = self._look_at_certificate(url)
-            except OSError as error:
+            except (OSError, ValueError) as error:      # ValueError: a certificate with times that are none
                 self._contexts[origin] = None
                 self.found("domain.tls.cannot_connect", origin="https://%s:%d" % origin, error=_reason(error))
         return self._contexts[origin]
 
+    def _certificate(self, url: Url, context: ssl.SSLContext) -> Tuple[bytes, Dict[str, Any]]:
+        """The certificate that comes in a handshake with this context, and its fields; nothing if it is not trusted."""
+        try:
+            with _connected(url, self._address(url), context, self.seconds) as sock:
+                return sock.getpeercert(True), sock.getpeercert()
+        except (ssl.CertificateError, ssl.SSLError) as error:       # the first is no SSLError in Python 3.6
+            if isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                raise
+            return b"", {}
+
     def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
         values = dict(origin="https://%s:%d" % url[1:3], host=url.name)     # type: Dict[str, Any]
-        address, now = self._address(url), time.time()
-        verified = ssl.create_default_context(**self.trust)
-        first = _handshake(url, address, verified, self.seconds)
-        if not first.code:
-            end = ssl.cert_time_to_seconds(first.fields["notAfter"])
-            if end - now < 14 * 86400:
-                self.found("cert-expires-soon", date=first.fields["notAfter"], days=int((end - now) / 86400), **values)
-            return verified
-        blind = ssl.create_default_context(**self.trust)
-        blind.check_hostname, blind.verify_mode = False, ssl.CERT_NONE
-        der = _handshake(url, address, blind, self.seconds).der
-        # Validity: the first two times in the certificate, RFC 5280 §4.1.2.5; OpenSSL says nothing of an untrusted one.
-        begin, end = [calendar.timegm(time.strptime(("20" if len(text) == 13 else "") + text, "%Y%m%d%H%M%SZ")) for text in (
-            (short or long).decode() for short, long in re.findall(rb"\x17\x0d([0-9]{12}Z)|\x18\x0f([0-9]{14}Z)", der)[:2])]
-        for id, when, wrong in ((".expired", end, end < now), (".not-yet-valid", begin, begin > now)):
-            if wrong:
-                self.found("redirection-invalid-cert" + id, date=time.strftime("%Y-%m-%d", time.gmtime(when)), **values)
-        # Twice more, each time with one question: with itself as its anchor, is it the name?  Without the name, the chain?
-        anchored = ssl.create_default_context(cadata=der)
-        anchored.verify_flags |= 0x80000    # X509_V_FLAG_PARTIAL_CHAIN
-        itself = _handshake(url, address, anchored, self.seconds)
-        if itself.code == 62:
-            self.found("redirection-invalid-cert.name", **values)
-        verified.check_hostname = False
-        code = _handshake(url, address, verified, self.seconds).code
-        if code and begin <= now <= end or code not in (0, 9, 10, -1):
-            self_signed = code == 18 or itself.fields and itself.fields["issuer"] == itself.fields["subject"]
+        context, now = _trusting(self.trust), time.time()
+        fields = self._certificate(url, context)[1]
+        trusted = bool(fields)
+        if not trusted:
+            context = _trusting(self.trust, False)
+            context.verify_mode = ssl.CERT_NONE
+            # Then one question at a time.  With itself as its anchor (X509_V_FLAG_PARTIAL_CHAIN) and at any time
+            # (X509_V_FLAG_NO_CHECK_TIME), what does it say, and does it say the name?
+            itself, flags = {"cadata": ssl.DER_cert_to_PEM_cert(self._certificate(url, context)[0])}, 0x80000 | 0x200000
+            fields = self._certificate(url, _trusting(itself, False, flags))[1]
+            if fields and not self._certificate(url, _trusting(itself, True, flags))[1]:
+                self.found("redirection-invalid-cert.name", **values)
+        begin, end = [ssl.cert_time_to_seconds(fields[name]) if fields else now for name in ("notBefore", "notAfter")]
+        any_time = 0 if begin <= now <= end else 0x200000
+        if begin > now:
+            self.found("redirection-invalid-cert.not-yet-valid", date=fields["notBefore"], **values)
+        elif end < now:
+            self.found("redirection-invalid-cert.expired", date=fields["notAfter"], **values)
+        elif fields and end - now < 14 * 86400:
+            self.found("cert-expires-soon", date=fields["notAfter"], days=int((end - now) / 86400), **values)
+        # And, whatever its name and its own time, does it lead to a trusted authority?
+        if not trusted and not self._certificate(url, _trusting(self.trust, False, any_time))[1]:
+            self_signed = fields and fields["issuer"] == fields["subject"]
             self.found("redirection-invalid-cert." + ("self-signed" if self_signed else "chain"), **values)
-        return blind
+        return context
 
     def _ask(self, url: Url) -> Optional[Response]:
         """The response to url, asked for once; None, and a finding, if none came."""
@@ -1539,15 +1550,16 @@ class _SiteCheck:
             elif not re.search(r"(?i);[\t ]*secure[\t ]*(;|$)", cookie):
                 self.found("cookie-without-secure", url=url)
         hsts = response.field("strict-transport-security")
-        if url.scheme == "http" and hsts is not None:
-            self.found("redirects.http.useless_header", url=url)
-        elif url.scheme == "https" and url.name == self.site.name and hsts is None:
-            self.found("response.no_header", url=url)
-        elif url.scheme == "https" and hsts is not None:
-            match = re.search(r'(?i)(?:^|;)[\t ]*max-age[\t ]*=[\t ]*"?([0-9]+)', hsts)
-            age = int(match.group(1)) if match else 0
-            if age < YEAR:
-                self.found("header.preloadable.max_age." + ("too_low" if age < HALF_YEAR else "below_1_year"), url=url, age=age)
+        match = re.search(r'(?i)(?:^|;)[\t ]*max-age[\t ]*=[\t ]*"?([0-9]{1,18})', hsts or "")
+        if url.scheme == "http":
+            if hsts is not None:
+                self.found("redirects.http.useless_header", url=url)
+        elif not match:
+            if url.name == self.site.name:
+                self.found("response.no_header", url=url)
+        elif int(match.group(1)) < YEAR:
+            short = "too_low" if int(match.group(1)) < HALF_YEAR else "below_1_year"
+            self.found("header.preloadable.max_age." + short, url=url, age=int(match.group(1)))
 
     def _next(self, url: Url, response: Response) -> Optional[Url]:
         """Where this redirect leads; None, and a finding, if nowhere."""
@@ -1557,7 +1569,7 @@ class _SiteCheck:
         except ValueError:
             self.found("redirects.http.first_redirect.invalid", url=url, status=response.status, location=location or "none")
             return None
-        if not re.match("(?i)https?://", location):
+        if url.scheme == "http" and not re.match("(?i)https?://", location):
             self.found("redirection-relative", url=url, location=location)
         return following
 
@@ -1575,7 +1587,7 @@ class _SiteCheck:
                 return
             if not seen:
                 self._judge_first(url, response, following)
-            elif following.scheme == "http":
+            elif url.scheme == "https" != following.scheme:
                 self.found("redirects.insecure.subsequent", url=url, location=following)
             seen.append(url)
             url = following
@@ -1585,7 +1597,7 @@ class _SiteCheck:
             if len(seen) > MAX_HOPS:
                 break
         if len(seen) > 3:
-            self.found("redirects.too_many", url=start, count=len(seen))
+            self.found("redirects.too_many", url=start, count="%d%s" % (len(seen), " or more" * (len(seen) > MAX_HOPS)))
         if url.scheme == "https" and response.status == 421:
             self.found("proxy-loop", url=url)
         elif seen and url.scheme != "https":
@@ -1603,20 +1615,19 @@ class _SiteCheck:
 
     def _judge_first(self, url: Url, response: Response, following: Url) -> None:
         values = dict(url=url, location=following, status=response.status)     # type: Dict[str, Any]
+        status, expected, name = self.expected.get("status", response.status), following, following.name
+        if "path" in self.expected or self.rule.keep_path:
+            expected, name = parse_url(self.rule.location(url.name, url.target)), url.name
+        expected = expected._replace(name=self.rule.host or name, port=self.expected.get("https_port", following.port))
         if following.scheme != "https":
             self.found("redirection-not-to-https-on-initial-redirection", **values)
             return
-        if following.port == url.port and url.port != self.rule.https_port:
+        if following.port == url.port != self.rule.https_port:
             self.found("location-keeps-plain-port", **values)
-        expected = following
-        if "path" in self.expected or self.expected.get("keep_path"):
-            expected = parse_url(self.rule.location(url.name, url.target))
-        expected = expected._replace(name=self.rule.host or url.name,
-                                     port=self.expected.get("https_port", following.port))
-        if expected.name != following.name and not self.rule.host:
+        elif (expected, status) != (following, response.status):
+            self.found("rule-mismatch", expected="%d %s" % (status, expected), **values)
+        elif following.name not in (self.rule.host, url.name):
             self.found("redirection-off-host-from-http", **values)
-        elif expected != following or response.status != self.expected.get("status", response.status):
-            self.found("rule-mismatch", expected="%d %s" % (self.expected.get("status", response.status), expected), **values)
         else:
             self.found("redirection-to-https", **values)
         if response.status in (302, 303, 307) and "status" not in self.expected:
@@ -1635,7 +1646,10 @@ class _SiteCheck:
     def run(self) -> None:
         try:
             socket.create_connection(self.address, self.seconds).close()
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):     # no IPv6 here, mostly
+                self.found("address-unreachable", address=self.address[0], error=_reason(error))
+                return
             secure = self.site._replace(scheme="https", port=self.rule.https_port)
             if self._context(secure):
                 self._ask(secure)
@@ -1647,8 +1661,16 @@ class _SiteCheck:
             self._try_forged_host()
 
 
-def _reason(error: OSError) -> str:
-    return "no answer in time" if isinstance(error, socket.timeout) else error.strerror or str(error)
+def _reason(error: Exception) -> str:
+    return "no answer in time" if isinstance(error, socket.timeout) else getattr(error, "strerror", "") or str(error)
+
+
+def _site(target: str) -> Url:
+    """A host name, host:port or http URL, as the URL of its root."""
+    url = parse_url(target if "://" in target else "http://" + target)
+    if url.scheme != "http":
+        raise ValueError("%a is not plain HTTP: ask for the http URL" % target[:300])
+    return url._replace(target="/")
 
 
 def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str = "", family: int = 0,
@@ -1663,11 +1685,8 @@ def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str =
 
     Never raises for what a server does; ValueError for a target that is none, RuleError for an expected rule that is none.
     """
-    site = parse_url(target if "://" in target else "http://" + target)
-    if site.scheme != "http":
-        raise ValueError("%a is not plain HTTP: ask for the http URL" % target[:300])
-    site = site._replace(target="/")
-    ask = parse_url("http://" + connect) if connect else site
+    site = _site(target)
+    ask = _site(connect) if connect else site
     findings = OrderedDict()    # type: OrderedDict[Finding, None]
     hops = []                   # type: List[Hop]
     try:
@@ -2009,6 +2028,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]+)?", text) or not float(text):
+        raise argparse.ArgumentTypeError("%a is not a number of seconds (0.1 to 9999)" % text)
+    return float(text)
+
+
 def _add_rule(parser: argparse.ArgumentParser, exemptions: bool = True) -> None:
     """The rule's options; one that is not given is not set, so that its default stands in RedirectRule alone."""
     group, default = parser.add_argument_group("the rule"), RedirectRule()
@@ -2188,24 +2213,25 @@ def command_selftest(args: argparse.Namespace) -> int:
 
 
 def command_check(args: argparse.Namespace) -> int:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, wait
     import json
-    trust = {"cafile": args.ca_file} if args.ca_file else {}
+    fields, trust = _rule_fields(args), {"cafile": args.ca_file} if args.ca_file else {}
     if args.ca_file:
         try:
             ssl.create_default_context(**trust)
         except OSError as error:
             raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
-    for target in args.targets:
-        parse_url(target if "://" in target else "http://" + target)
-    worst, start = "ok", time.monotonic()
+    RedirectRule(**fields)
+    for target in filter(None, args.targets + [args.connect]):
+        _site(target)
+    worst = "ok"
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(check, target, _rule_fields(args), args.connect, args.family, trust, args.timeout)
+        waiting = [pool.submit(check, target, fields, args.connect, args.family, trust, args.timeout)
                    for target in args.targets]
-        while sys.stderr.isatty() and not all(future.done() for future in waiting):
-            time.sleep(0.1)
-            if time.monotonic() - start > 1:
-                print("\rowahttps: %d of %d checked " % (sum(future.done() for future in waiting), len(waiting)), end="\r", file=sys.stderr)
+        while sys.stderr.isatty() and wait(waiting, 1).not_done:
+            done = sum(future.done() for future in waiting)
+            print("%d of %d checked" % (done, len(waiting)), end="\r", file=sys.stderr, flush=True)
+        print(" " * 30, end="\r", file=sys.stderr) if sys.stderr.isatty() else None
         for future in waiting:
             report = future.result()
             worst = max(worst, report.severity, key=SEVERITIES.index)
@@ -2213,6 +2239,8 @@ def command_check(args: argparse.Namespace) -> int:
                 print(json.dumps({"target": report.target, "severity": report.severity,
                                   "hops": [hop._asdict() for hop in report.hops],
                                   "findings": [finding._asdict() for finding in report.findings]}))
+                continue
+            if args.quiet and report.severity in ("ok", "note"):
                 continue
             _line(report.severity, _log_escape(report.target))
             if not args.quiet:
@@ -2235,7 +2263,7 @@ def command_demo(args: argparse.Namespace) -> int:
     with running(stub) as (_, https_port):
         rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
         if args.before:
-            server = _next_free(lambda port: _HTTPServer(("127.0.0.1", port), BeforeHandler), args.port)
+            server = _next_free(lambda port: _ThreadingServer(("127.0.0.1", port), BeforeHandler), args.port)
         else:
             server = _next_free(lambda port: RedirectServer(("127.0.0.1", port), rule=rule, access_log=last), args.port)
         url = last.origin = "http://localhost:%d" % server.server_address[1]
@@ -2244,8 +2272,7 @@ def command_demo(args: argparse.Namespace) -> int:
             what = "answers 403.4, as IIS does" if args.before else "-> " + rule.location("localhost", "/")
             print("%s/  %s" % (url, what), flush=True)
             if not args.cert:
-                _say("the certificate is for demos, and a browser warns of it; curl -iL --cacert %s %s/" % (
-                    os.path.basename(__file__), url))
+                _say("the certificate is for demos, and a browser warns of it; curl -iL --cacert %s %s/" % (__file__, url))
             _say("Ctrl-C ends it")
             if args.open:
                 import webbrowser
@@ -2317,7 +2344,7 @@ examples:
     command.add_argument("--connect", metavar="HOST:PORT", default="", help="ask there, for the same name")
     command.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 alone")
     command.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 alone")
-    command.add_argument("--timeout", type=float, default=10, metavar="SECONDS", help="for each request (10)")
+    command.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each request (10)")
     command.add_argument("--json", action="store_true", help="one JSON object a target")
     command.add_argument("--quiet", action="store_true", help="print warnings and worse alone")
     _add_rule(command, exemptions=False)
