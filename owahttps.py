@@ -1606,9 +1606,10 @@ class _SiteCheck:
             self._judge_missing(url, response)
 
     def _judge_missing(self, url: Url, response: Response) -> None:
-        if response.status == 403 and re.search("403[.;]4|secured? (with|channel)", response.body):
-            self.found("iis-403.4", url=url)
-        elif response.status == 200 and not response.body and "IIS" in (response.field("server") or ""):
+        iis = "IIS" in (response.field("server") or "")
+        if response.status == 403 and (iis or re.search("403[.;]4|secured? (with|channel)", response.body)):
+            self.found("iis-403.4", url=url)        # from IIS 7 on, its number is shown on the server alone
+        elif response.status == 200 and not response.body and iis:
             self.found("iis-asp-port-test", url=url)
         else:
             self.found("redirection-missing", url=url, status=response.status)
