@@ -1450,6 +1450,10 @@ def _trusting(trust: Dict[str, Any], check_hostname: bool = True, flags: int = 0
     return context
 
 
+def _reason(error: Exception) -> str:
+    return "no answer in time" if isinstance(error, socket.timeout) else getattr(error, "strerror", "") or str(error)
+
+
 class _SiteCheck:
     """The check of one site at one address: its requests, what came of them, and the findings."""
 
@@ -1660,10 +1664,6 @@ class _SiteCheck:
             self._follow(self.site._replace(target=target))
         if self._answers.get(self.site):
             self._try_forged_host()
-
-
-def _reason(error: Exception) -> str:
-    return "no answer in time" if isinstance(error, socket.timeout) else getattr(error, "strerror", "") or str(error)
 
 
 def _site(target: str) -> Url:

@@ -628,7 +628,7 @@ class Case(NamedTuple):
     target: str = "localhost:PLAIN"
 
 
-CASES = [
+SITE_CASES = [
     Case("a right redirect", ALL_GOOD, 0),
     Case("the wrong path, none is expected", ALL_GOOD, 0, to(S + "/elsewhere")),
     Case("the expected path", ALL_GOOD, 0, options="--path /exchange --status 301 --https-port SECURE"),
@@ -788,7 +788,7 @@ def judge(site: Site, capsys: Any) -> Any:
 
 
 @needs_openssl
-@pytest.mark.parametrize("case", CASES, ids=[case.what for case in CASES])
+@pytest.mark.parametrize("case", SITE_CASES, ids=[case.what for case in SITE_CASES])
 def test_finds(case: Case, certificates: Any, capsys: Any) -> None:
     with Site(case, certificates) as site:
         report, code = judge(site, capsys)
