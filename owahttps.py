@@ -1292,14 +1292,23 @@ class StubServer(_ThreadingServer):
 
 # ---- The check -------------------------------------------------------------------------------------------------------
 
+REQUEST = """\
+GET {target} HTTP/1.1\r
+Host: {host}\r
+User-Agent: owahttps/{version}\r
+Accept: */*\r
+Connection: close\r
+\r
+"""
 MAX_HOPS = 5
 MAX_ANSWER = 64 * 1024      # bytes that are read of one response
 HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
 SEVERITIES = ("ok", "note", "warning", "unknown", "critical")
 EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "critical": 2, "unknown": 3}    # the monitoring world's
-# What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), what was seen
-# and what to do.
-FINDINGS = {id: (severity, " ".join(text.split())) for severity, id, text in re.findall(r"^(\w+) +(\S+): (.*(?:\n .*)*)", """\
+# What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), then what was
+# seen and what to do.
+_FINDING = r"(?m)^(\w+) +(\S+): (.*(?:\n .*)*)"
+FINDINGS = {id: (severity, " ".join(text.split())) for severity, id, text in re.findall(_FINDING, """\
 ok       redirection-to-https: {url} goes to {location}
 ok       redirection-not-needed-no-http: {origin} is closed and HTTPS answers: nothing is left to redirect
 unknown  address-unreachable: {address} cannot be reached from here ({error}): -4 or -6 leaves it out
@@ -1342,7 +1351,7 @@ warning  redirects.http.useless_header: {url} sends Strict-Transport-Security in
 warning  cookie-over-http: {url} sets a cookie in clear: anybody on the way reads it
 warning  cookie-without-secure: {url} sets a cookie without Secure: browsers send it in clear too
 warning  host-reflected: {url} puts a forged Host into its Location ({location}): check the Host before using it
-""", re.MULTILINE)}
+""")}
 
 
 class Finding(NamedTuple):
@@ -1415,8 +1424,7 @@ def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext],
     deadline = time.monotonic() + seconds
     data = b""
     with _connected(url, address, context, seconds) as sock:
-        sock.sendall(("GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: owahttps/%s\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-                      % (url.target, host, __version__)).encode("latin-1"))
+        sock.sendall(REQUEST.format(target=url.target, host=host, version=__version__).encode("latin-1"))
         try:
             # A redirect is read to the end of its head: some load balancers leave the connection open after it.
             while len(data) < MAX_ANSWER and not re.match(rb"HTTP/1\.[01] 3[^\0]*?\n\r?\n", data):
@@ -1438,12 +1446,13 @@ def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext],
     match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
     if not match or not body:
         raise ValueError("no HTTP/1 head")
-    fields = [(name.lower(), value.strip("\t ")) for name, colon, value in (text.partition(":") for text in lines) if colon]
+    pairs = (line.partition(":") for line in lines)
+    fields = [(name.lower(), value.strip("\t ")) for name, colon, value in pairs if colon]
     return Response(int(match.group(1)), fields, body[0])
 
 
 def _trusting(trust: Dict[str, Any], check_hostname: bool = True, flags: int = 0) -> ssl.SSLContext:
-    """As browsers verify, so without X509_V_FLAG_X509_STRICT: Python 3.13 sets it, and it refuses many a company's CA."""
+    """As browsers verify: without X509_V_FLAG_X509_STRICT, which Python 3.13 sets and many a company's CA fails."""
     context = ssl.create_default_context(**trust)
     context.check_hostname = check_hostname
     context.verify_flags = context.verify_flags & ~0x20 | flags
@@ -1457,7 +1466,8 @@ def _reason(error: Exception) -> str:
 class _SiteCheck:
     """The check of one site at one address: its requests, what came of them, and the findings."""
 
-    def __init__(self, site: Url, address: Tuple[str, int], expected: Dict[str, Any], trust: Dict[str, Any], seconds: float):
+    def __init__(self, site: Url, address: Tuple[str, int], expected: Dict[str, Any], trust: Dict[str, Any],
+                 seconds: float) -> None:
         self.site, self.address, self.expected, self.trust, self.seconds = site, address, expected, trust, seconds
         self.rule = RedirectRule(**expected)
         self.findings = OrderedDict()   # type: OrderedDict[Finding, None]
@@ -1535,7 +1545,8 @@ class _SiteCheck:
         start = time.monotonic()
         if context or url.scheme == "http":
             try:
-                self._answers[url] = response = fetch(url, self._address(url), context, str(url).split("/")[2], self.seconds)
+                response = fetch(url, self._address(url), context, str(url).split("/")[2], self.seconds)
+                self._answers[url] = response
             except OSError as error:
                 self.found("http-no-answer", url=url, error=_reason(error))
             except ValueError:
@@ -1571,7 +1582,8 @@ class _SiteCheck:
         try:
             following = parse_url(urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else "")
         except ValueError:
-            self.found("redirects.http.first_redirect.invalid", url=url, status=response.status, location=location or "none")
+            self.found("redirects.http.first_redirect.invalid", url=url, status=response.status,
+                       location=location or "none")
             return None
         if url.scheme == "http" and not re.match("(?i)https?://", location):
             self.found("redirection-relative", url=url, location=location)
@@ -1684,14 +1696,15 @@ def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str =
     trust     cafile, capath or cadata of ssl.create_default_context(); none: the system's authorities
     seconds   for each request, of which there are at most some 20 an address
 
-    Never raises for what a server does; ValueError for a target that is none, RuleError for an expected rule that is none.
+    Never raises for what a server does; ValueError for a target that is none, RuleError for a rule that cannot be.
     """
     site = _site(target)
     ask = _site(connect) if connect else site
     findings = OrderedDict()    # type: OrderedDict[Finding, None]
     hops = []                   # type: List[Hop]
     try:
-        addresses = {info[4][:2] for info in socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)}
+        infos = socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)
+        addresses = {info[4][:2] for info in infos}
     except OSError as error:
         addresses = set()
         severity, text = FINDINGS["host-unknown"]
@@ -2073,8 +2086,9 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
         return ("may not bind %s: give it a systemd unit with AmbientCapabilities=CAP_NET_BIND_SERVICE, or "
                 "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
-        return "%s is in use: %s" % (where, "netstat -ano shows the process; PID 4 is http.sys (IIS), see netsh http show "
-                                     "servicestate" if os.name == "nt" else "ss -ltnp 'sport = :%d' shows by what" % port)
+        return where + " is in use: " + (
+            "netstat -ano shows the process; PID 4 is http.sys (IIS): netsh http show servicestate" if os.name == "nt" else
+            "ss -ltnp 'sport = :%d' shows by what" % port)
     return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
 
 
@@ -2159,7 +2173,7 @@ def _write_files(folder: str, parts: List[Part]) -> None:
             except FileExistsError:
                 with open(path, "rb") as file:
                     if file.read() != data:
-                        raise Failure("%s is there and says something else: move it, or write elsewhere" % path) from None
+                        raise Failure("%s says something else: move it, or write elsewhere" % path) from None
             print(path)
 
 
@@ -2246,7 +2260,8 @@ def command_check(args: argparse.Namespace) -> int:
             _line(report.severity, _log_escape(report.target))
             if not args.quiet:
                 for hop in report.hops:
-                    print("  %4s ms  %3s  %s%s" % (hop.milliseconds, hop.status or "-", hop.url, hop.location and " -> " + hop.location))
+                    arrow = " -> " + hop.location if hop.location else ""
+                    print("  %4d ms  %3s  %s%s" % (hop.milliseconds, hop.status or "-", hop.url, arrow))
             for finding in report.findings:
                 if not args.quiet or finding.severity not in ("ok", "note"):
                     print("  ", end="")
@@ -2273,7 +2288,7 @@ def command_demo(args: argparse.Namespace) -> int:
             what = "answers 403.4, as IIS does" if args.before else "-> " + rule.location("localhost", "/")
             print("%s/  %s" % (url, what), flush=True)
             if not args.cert:
-                _say("the certificate is for demos, and a browser warns of it; curl -iL --cacert %s %s/" % (__file__, url))
+                _say("browsers warn of the demo's certificate; curl -iL --cacert %s %s/" % (__file__, url))
             _say("Ctrl-C ends it")
             if args.open:
                 import webbrowser
@@ -2341,7 +2356,7 @@ examples:
   owahttps.py check --path /owa --connect 192.0.2.7:80 mail.example.com""")
     command.usage_exit = 3
     command.add_argument("targets", metavar="TARGET", nargs="+", help="host name, host:port or http URL")
-    command.add_argument("--ca-file", metavar="FILE", default="", help="trust these authorities instead of the system's")
+    command.add_argument("--ca-file", metavar="FILE", default="", help="trust these authorities, not the system's")
     command.add_argument("--connect", metavar="HOST:PORT", default="", help="ask there, for the same name")
     command.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 alone")
     command.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 alone")
