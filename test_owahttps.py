@@ -1346,3 +1346,46 @@ def test_servers(name, rule, tmp_path, token_folder):
     text = owahttps.server(name, rule, port)[0].text
     with peer(name, text, port, str(tmp_path)):
         assert failures(port, rule) - {what for what, servers in DIFFERS.items() if name[0].upper() in servers} == set()
+
+
+# ---- Real clients ----------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def demo(*argv):
+    """`owahttps.py demo` on free ports: its URL."""
+    process = subprocess.Popen([sys.executable, SCRIPT, "demo", "--port", str(free_port()), "--https-port", str(free_port())] + list(argv),
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        yield process.stdout.readline().split()[0].decode()
+    finally:
+        process.terminate()
+        assert process.wait(5) == 0 or os.name == "nt"
+        process.stdout.close()
+
+
+def test_curl_follows_to_the_stub():
+    """The embedded certificate is a trust anchor by the file's own name; --http1.0 without Host gets an answer too."""
+    if not find("curl"):
+        pytest.skip("no curl here")
+    with demo() as url:
+        done = subprocess.run(["curl", "-4siL", "--cacert", SCRIPT, url], stdout=subprocess.PIPE)
+        assert done.returncode == 0 and b"302 Found" in done.stdout and b"You are on HTTPS" in done.stdout
+        done = subprocess.run(["curl", "-4si0", "-H", "Host:", url], stdout=subprocess.PIPE)
+        assert done.returncode == 0 and b"HTTP/1.1 400 Bad Request" in done.stdout
+    with demo("--before") as url:
+        assert b"HTTP 403.4 - Forbidden: SSL required" in subprocess.run(["curl", "-4si", url], stdout=subprocess.PIPE).stdout
+
+
+@pytest.mark.parametrize("argv, shows", [
+    ([], ["You are on HTTPS", "HTTP/1.1 302 Found", "/exchange</code>", "TLSv1.3"]), (["--before"], ["HTTP 403.4 - Forbidden: SSL required"])])
+def test_chromium_ends_on_the_page(argv, shows, tmp_path):
+    chromium = find("chromium", "chromium-browser", "google-chrome")
+    if not chromium:
+        pytest.skip("no chromium here")
+    with demo(*argv) as url:
+        done = subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                               "--disable-background-networking", "--disable-component-update", "--ignore-certificate-errors",
+                               "--user-data-dir=" + str(tmp_path), "--dump-dom", url + "mail?x=%22%3E"],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
+    for text in shows + (["/mail?x=%22%3E</code>"] if not argv else []):
+        assert text in done.stdout.decode()
