@@ -32,6 +32,7 @@ from functools import lru_cache
 from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
+from itertools import islice
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
 from urllib.parse import urljoin
@@ -78,9 +79,11 @@ def server_name(authority: str) -> str:
         raise HostError("%a is not a server name (letters, digits, '-', '_' and '.', or [IPv6])" % authority[:300])
     name = (match.group("name") or match.group("ipv6")).lower()
     try:
+        quad = name
         if match.group("ipv6"):
             IPv6Address(name[1:-1])
-        elif _ENDS_IN_NUMBER.fullmatch(name) and str(IPv4Address(name)) != name:
+            quad = name[1:-1].rpartition(":")[2] if "." in name else ""
+        if _ENDS_IN_NUMBER.fullmatch(quad) and str(IPv4Address(quad)) != quad:      # "01" passes before Python 3.9.5
             raise AddressValueError
     except AddressValueError:
         raise HostError("%a is not an IP address" % authority) from None
@@ -150,6 +153,8 @@ class RedirectRule(_RuleFields):
 
 MAX_TARGET = 8 * 1024       # bytes of a request target: 414 beyond
 MAX_HEAD = 32 * 1024        # bytes of a request head: 431 beyond
+MAX_CACHED = 2 * 1024       # bytes of a head whose answer may be kept
+MAX_LOGGED = 1000           # characters of each field of a log line
 PHRASES = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found", 307: "Temporary Redirect",
            308: "Permanent Redirect", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
            414: "URI Too Long", 421: "Misdirected Request", 431: "Request Header Fields Too Large",
@@ -291,8 +296,8 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
         rest += "Connection: close\r\n"
     if method == "HEAD":
         body = ""
-    line, referer, agent = map(_log_escape, (text.lstrip("\r\n").partition("\r\n")[0][:MAX_TARGET],
-                                             fields.get("referer", "-"), fields.get("user-agent", "-")))
+    line, referer, agent = (_log_escape(field[:MAX_LOGGED])[:MAX_LOGGED] for field in (
+        text.lstrip("\r\n").partition("\r\n")[0], fields.get("referer", "-"), fields.get("user-agent", "-")))
     log = '"%s" %d %d "%s" "%s"' % (line, status, len(body), referer, agent)
     start = "" if refusal.startswith("TLS") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
     return Answer(start.encode(), (rest + "\r\n" + body).encode("latin-1"), close, unread, log, refusal, token)
@@ -313,13 +318,13 @@ class Log:
 
     write(line) takes a str that ends in a newline; tell(text) hears of faults.
     """
-    WAITING = 10000     # lines, some 2 MB
+    WAITING = 5000      # lines, of some 3 KB at the most
     SECONDS = 0.01      # that lines gather before they are written in one go
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
         self.lines = deque()    # type: Deque[str]
-        self.lost = 0
+        self.given = self.settled = 0   # lines that write() was given; those that were written, or told to be lost
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -327,8 +332,7 @@ class Log:
     def write(self, line: str) -> None:
         if len(self.lines) < self.WAITING:
             self.lines.append(line)
-        else:
-            self.lost += 1
+        self.given += 1
         if not self._more.is_set():
             self._more.set()
 
@@ -339,31 +343,31 @@ class Log:
             self._closing.wait(self.SECONDS)
             self._more.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
-            data = "".join(lines).encode("ascii", "backslashreplace")
+            data = ("\n" * faulty + "".join(lines)).encode("ascii", "backslashreplace")     # ends a line that was torn
             try:
                 while data:
                     data = data[os.write(self.fd, data):]
-                if self.lost:
-                    self._tell_lost()
+                self.settled += len(lines)
+                self._tell_lost()
                 faulty = False
             except OSError as error:
-                self.lost += len(lines)
                 if not faulty:
                     self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
                 faulty = True
 
     def _tell_lost(self) -> None:
-        lost, self.lost = self.lost, 0
-        self.tell("%d lines of the log were lost" % lost)
+        lost = self.given - self.settled - len(self.lines)
+        if lost > 0:
+            self.settled += lost
+            self.tell("%d lines of the log were lost" % lost)
 
     def close(self) -> None:
         """Write what waits, but do not wait for a reader that stalls."""
         self._closing.set()
         self._more.set()
         self._thread.join(1)
-        self.lost += len(self.lines)
-        if self.lost:
-            self._tell_lost()
+        self.lines.clear()
+        self._tell_lost()
 
 
 @lru_cache(maxsize=2)
@@ -397,13 +401,14 @@ class RedirectHandler(BaseHTTPRequestHandler):
     idle_seconds = 15.0         # from an answer to the next request
     drain_seconds = 5.0         # for what the client still sends after its last answer,
     drain_bytes = 8 << 20       # and how much of that is read
+    answers_at_once = 32        # to pipelined requests, before it is another client's turn
 
     def setup(self) -> None:
         self.rule = getattr(self.server, "rule", self.rule)
         self.access_log, self.error_log = getattr(self.server, "access_log", None), getattr(self.server, "error_log", None)
         self.blocking = self.request.gettimeout() != 0
         self.buffer = self.outgoing = b""
-        self.close_connection = self.idle = self.unread = self.draining = self.over = False
+        self.close_connection = self.idle = self.unread = self.draining = self.over = self.more = False
         self.deadline = time.monotonic() + self.head_seconds
         if self.blocking:
             self.request.settimeout(self.head_seconds)
@@ -413,15 +418,15 @@ class RedirectHandler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         self.handle_one_request()
-        while self.blocking and not self.over:
+        while self.blocking and not self.over and time.monotonic() < self.deadline:
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
         """One step: send what is left to send, or else read once and answer every request that is whole by then."""
         try:
             if not self.outgoing:
-                data = self.request.recv(8192)
-                if self.draining or not data:
+                data = b"" if self.more else self.request.recv(8192)
+                if self.draining or not data and not self.more:
                     self.drain_bytes -= len(data)
                     self.over = not data or self.drain_bytes < 0 or time.monotonic() > self.deadline
                     return
@@ -439,27 +444,28 @@ class RedirectHandler(BaseHTTPRequestHandler):
         now = time.monotonic()
         if self.idle:
             self.idle, self.deadline = False, now + self.head_seconds
-        buffer, start = self.buffer + data, max(0, len(self.buffer) - 3)
-        answers = []
-        while not self.close_connection:
+        buffer, start = self.buffer + data, max(0, len(self.buffer) - 3) if data else 0
+        last = getattr(self.server, "stopping", False)
+        answers = []        # type: List[bytes]
+        while not self.close_connection and len(answers) < self.answers_at_once:
             end = buffer.find(b"\r\n\r\n", start) + 4
             if end < 4:
                 if not is_hopeless(buffer, len(data)):
                     break
                 end = len(buffer)
             head, buffer, start = buffer[:end], buffer[end:], 0
-            result = answer(head, self.rule)
+            result = (answer if end < MAX_CACHED else answer.__wrapped__)(head, self.rule)
             if result.token:
                 result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
             date, log_date = _dates(int(time.time()))
             if result.start:
-                answers.append(result.start + date + result.rest)
+                answers.append(result.start + date + b"\r\nConnection: close" * (last and not result.close) + result.rest)
                 if self.access_log:
                     self.access_log.write("%s - - [%s] %s\n" % (self.address_string(), log_date, result.log))
             if result.refusal:
                 self.log_error("refused: %s", result.refusal)
-            self.close_connection, self.unread = result.close, result.unread
-        self.buffer, self.outgoing = buffer, b"".join(answers)
+            self.close_connection, self.unread = result.close or last, result.unread
+        self.buffer, self.outgoing, self.more = buffer, b"".join(answers), len(answers) == self.answers_at_once
         if answers:
             self.idle, self.deadline = not buffer, now + (self.head_seconds if buffer else self.idle_seconds)
 
@@ -520,8 +526,8 @@ class RedirectServer(_HTTPServer):
     serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver; stop() is shutdown()
     without the wait, for a signal handler.
     """
-    request_queue_size = 1024
-    grace_seconds = 3.0         # after a stop, for requests that are under way
+    request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
+    grace_seconds = 2.0         # after a stop, for requests that are under way
     rule = RedirectRule()
 
     def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
@@ -529,68 +535,71 @@ class RedirectServer(_HTTPServer):
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
         self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
         self._connections = OrderedDict()   # type: OrderedDict[RedirectHandler, int]  # to its events; longest wait first
-        self._stopping, self._stopped = False, threading.Event()
+        self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        self._stopping = False
         self._stopped.clear()
         self.socket.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._accepting = False
         self._next_sweep = 0.0
+        self._listen(True)
         try:
-            while not self._stopping:
+            while not self.stopping:
                 self._turn(poll_interval)
             self._wind_up()
         finally:
             for handler in list(self._connections):
                 self._drop(handler)
             self._selector.close()
+            self.stopping = False
             self._stopped.set()
 
     def stop(self) -> None:
-        self._stopping = True
+        self.stopping = True
 
     def shutdown(self) -> None:
         self.stop()
         self._stopped.wait()
 
     def _wind_up(self) -> None:
-        """Answer what has come so far, then take no more, and let requests that are under way end."""
-        self._turn(0)
+        """Accept who has come so far, then no more, and let requests that are under way end."""
+        for _ in range(self.request_queue_size // 16):
+            self._accept()
         self._listen(False)
         self.socket.close()
-        end = time.monotonic() + self.grace_seconds
-        while time.monotonic() < end:
-            for handler in [handler for handler in self._connections if not handler.buffer and not handler.outgoing and not handler.draining]:
-                self._drop(handler)
-            if not self._connections:
-                break
-            self._turn(0.1)
+        start = now = time.monotonic()
+        while self._connections and now < start + self.grace_seconds:
+            self._turn(0.02)
+            now = time.monotonic()
+            for handler in list(self._connections) if now > start + 0.2 else ():    # what was sent has come by then
+                if not (handler.buffer or handler.outgoing or handler.draining):
+                    self._drop(handler)
 
     def _turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
-        for key, _ in self._selector.select(timeout):
-            handler = key.data
-            if handler is None:
+        for turn, (key, _) in enumerate(self._selector.select(max(0, min(timeout, self._next_sweep - time.monotonic())))):
+            if turn % 64 == 0 and self._accepting:      # whoever is new does not wait for a crowd of slow ones
                 self._accept()
-                continue
-            try:
-                handler.handle()
-            except Exception:
-                self.handle_error(handler.request, handler.client_address)
-                handler.over = True
-            self._settle(handler)
+            handler = key.data
+            if handler in self._connections:
+                try:
+                    handler.handle()
+                    self._settle(handler)
+                except Exception:
+                    self.handle_error(handler.request, handler.client_address)
+                    self._drop(handler)
         now = time.monotonic()
         if now >= self._next_sweep:
-            self._next_sweep = now + 0.5
-            for handler in [handler for handler in self._connections if handler.deadline < now]:
+            overdue = list(islice((handler for handler in self._connections if handler.deadline < now), 64))
+            self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
+            for handler in overdue:
                 if handler.buffer:
                     handler.log_error("refused: no whole request head in %g seconds", handler.head_seconds)
                 self._drop(handler)
-            if not self._stopping:
+            if not self.stopping:
                 self._listen(True)
 
     def _listen(self, accepting: bool) -> None:
@@ -601,36 +610,37 @@ class RedirectServer(_HTTPServer):
         self._accepting = accepting
 
     def _accept(self) -> None:
-        for _ in range(64):
+        for _ in range(16):
             try:
                 request, client_address = self.get_request()
             except (BlockingIOError, InterruptedError, ConnectionError):
                 return
-            except OSError:         # out of file descriptors or memory: serve those that are here, until the next sweep
-                self._listen(False)
+            except OSError:         # out of file descriptors or memory
+                if self._connections:
+                    self._drop(next(iter(self._connections)))
+                else:
+                    self._listen(False)     # until the next sweep
                 return
             if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self._connections) >= self.max_connections:
-            self._drop(next(iter(self._connections)))
         try:
             request.setblocking(False)
-            handler = self.RequestHandlerClass(request, client_address, self)
+            self._settle(self.RequestHandlerClass(request, client_address, self))
         except Exception:
             self.handle_error(request, client_address)
             self.close_request(request)
-        else:
-            self._settle(handler)
 
     def _settle(self, handler: RedirectHandler) -> None:
         """See to it that the selector waits for what this handler waits for."""
-        events = selectors.EVENT_WRITE if handler.outgoing else selectors.EVENT_READ
+        events = selectors.EVENT_WRITE if handler.outgoing or handler.more else selectors.EVENT_READ
         before = self._connections.get(handler)
         if handler.over:
             self._drop(handler)
         elif before is None:
+            if len(self._connections) >= self.max_connections:
+                self._drop(next(iter(self._connections)))
             self._selector.register(handler.request, events, handler)
             self._connections[handler] = events
         else:
@@ -1642,11 +1652,11 @@ def command_serve(args: argparse.Namespace) -> int:
     rule = RedirectRule(**_rule_fields(args))
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
         raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
-    for fd in (0, 1, 2):                # a closed one would become a socket's, and the log would go into it
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):   # a closed one would become a socket's, and get the log
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "w"))
             _say("standard output is closed: no access log") if fd == 1 else None
     try:
         server = RedirectServer((args.bind, args.port), rule=rule, max_connections=args.max_connections or _connection_cap())
@@ -1658,21 +1668,24 @@ def command_serve(args: argparse.Namespace) -> int:
                 _drop_to(args.user)
             except (ImportError, KeyError, OSError) as error:
                 raise Failure("cannot become user %a: %s" % (args.user, error)) from None
-        host, port = server.server_address[:2]
-        _say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
-            "[%s]" % host if ":" in str(host) else host, port, rule.authority("HOST"),
-            "/, path kept" if rule.keep_path else rule.path, rule.status))
-        for warning in _warnings(args, rule, str(host)):
-            _say("warning: " + warning)
-        server.error_log = Log(2, tell=lambda text: None)
-        log = Log(1, tell=lambda text: server.error_log.write("owahttps: %s\n" % text))
-        server.access_log = None if args.quiet else log
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda *_: server.stop())
+        server.error_log = errors = Log(2, tell=lambda text: None)
+
+        def say(text: str) -> None:
+            errors.write("owahttps: %s\n" % text)
+        host, port = server.server_address[:2]
+        say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
+            "[%s]" % host if ":" in str(host) else host, port, rule.authority("HOST"),
+            "/, path kept" if rule.keep_path else rule.path, rule.status))
+        for warning in _warnings(args, rule, str(host)):
+            say("warning: " + warning)
+        log = Log(1, tell=say)
+        server.access_log = None if args.quiet else log
         server.serve_forever()
         log.close()
-        server.error_log.close()
+        errors.close()
     return 0
 
 
