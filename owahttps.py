@@ -365,7 +365,7 @@ class Log:
         """Write what waits, but do not wait for a reader that stalls."""
         self._closing.set()
         self._more.set()
-        self._thread.join(1)
+        self._thread.join(0.5)
         self.lines.clear()
         self._tell_lost()
 
@@ -460,7 +460,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
             date, log_date = _dates(int(time.time()))
             if result.start:
                 answers.append(result.start + date + b"\r\nConnection: close" * (last and not result.close) + result.rest)
-                if self.access_log:
+                if self.access_log is not None:
                     self.access_log.write("%s - - [%s] %s\n" % (self.address_string(), log_date, result.log))
             if result.refusal:
                 self.log_error("refused: %s", result.refusal)
@@ -483,7 +483,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
 
     def log_error(self, format: str, *args: Any) -> None:
         """A line for standard error with the client's address, in a form for fail2ban's <HOST>."""
-        if self.error_log:
+        if self.error_log is not None:
             self.error_log.write("[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], self.address_string(), format % args))
 
 
@@ -652,7 +652,8 @@ class RedirectServer(_HTTPServer):
 
     def _drop(self, handler: RedirectHandler) -> None:
         if self._connections.pop(handler, None):
-            self._selector.unregister(handler.request)
+            with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
+                self._selector.unregister(handler.request)
         self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -660,7 +661,7 @@ class RedirectServer(_HTTPServer):
         kind, error, trace = sys.exc_info()
         while trace and trace.tb_next:
             trace = trace.tb_next
-        (self.error_log or sys.stderr).write("[%s] owahttps: %s error in line %d: %s\n" % (
+        (sys.stderr if self.error_log is None else self.error_log).write("[%s] owahttps: %s error in line %d: %s\n" % (
             _dates(int(time.time()))[1], client_address[0], trace.tb_lineno if trace else 0, _log_escape(repr(error))))
 
 
