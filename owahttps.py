@@ -459,7 +459,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
             date, log_date = _dates(int(time.time()))
             if result.start:
-                answers.append(result.start + date + b"\r\nConnection: close" * (last and not result.close) + result.rest)
+                close = b"\r\nConnection: close" if last and not result.close else b""
+                answers.append(result.start + date + close + result.rest)
                 if self.access_log is not None:
                     self.access_log.write("%s - - [%s] %s\n" % (self.address_string(), log_date, result.log))
             if result.refusal:
@@ -581,9 +582,9 @@ class RedirectServer(_HTTPServer):
     def _turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
         for turn, (key, _) in enumerate(self._selector.select(max(0, min(timeout, self._next_sweep - time.monotonic())))):
-            if turn % 64 == 0 and self._accepting:      # whoever is new does not wait for a crowd of slow ones
-                self._accept()
             handler = key.data
+            if (handler is None or turn % 64 == 63) and self._accepting:    # who is new does not wait for a slow crowd
+                self._accept()
             if handler in self._connections:
                 try:
                     handler.handle()
