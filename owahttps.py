@@ -35,6 +35,7 @@ from functools import lru_cache
 from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
+from itertools import islice
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
 from urllib.parse import urljoin
@@ -81,9 +82,11 @@ def server_name(authority: str) -> str:
         raise HostError("%a is not a server name (letters, digits, '-', '_' and '.', or [IPv6])" % authority[:300])
     name = (match.group("name") or match.group("ipv6")).lower()
     try:
+        quad = name
         if match.group("ipv6"):
             IPv6Address(name[1:-1])
-        elif _ENDS_IN_NUMBER.fullmatch(name) and str(IPv4Address(name)) != name:
+            quad = name[1:-1].rpartition(":")[2] if "." in name else ""
+        if _ENDS_IN_NUMBER.fullmatch(quad) and str(IPv4Address(quad)) != quad:      # "01" passes before Python 3.9.5
             raise AddressValueError
     except AddressValueError:
         raise HostError("%a is not an IP address" % authority) from None
@@ -153,11 +156,14 @@ class RedirectRule(_RuleFields):
 
 MAX_TARGET = 8 * 1024       # bytes of a request target: 414 beyond
 MAX_HEAD = 32 * 1024        # bytes of a request head: 431 beyond
+MAX_KEPT = 2 * 1024         # bytes of a head whose answer may be kept for the next one like it
+MAX_LOGGED = 1000           # characters of each field of a log line
 PHRASES = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found", 307: "Temporary Redirect",
            308: "Permanent Redirect", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
            414: "URI Too Long", 421: "Misdirected Request", 431: "Request Header Fields Too Large",
            505: "HTTP Version Not Supported"}
 PAGE = "<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{text}\n"
+MOVED = 'This object may be found <a href="%s">here</a>.'
 LOOP = ("redirect loop: X-Forwarded-Proto says that a proxy already speaks HTTPS and sends its traffic here; "
         "send HTTPS to the application, and plain HTTP alone to this redirect")
 
@@ -248,7 +254,6 @@ def _log_escape(text: str) -> str:
     return _OUTSIDE_LOG.sub(lambda match: "\\x%02X" % ord(match.group()), text)
 
 
-@lru_cache(maxsize=128)     # it is pure, and monitors, load balancers and benchmarks send one head again and again
 def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) -> Answer:
     """One request head in, one answer out; token_file holds what the ACME token asked for by the head maps to.
 
@@ -258,7 +263,7 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
     text = head.decode("latin-1")
     match = _HEAD.fullmatch(text)
     fields = {}         # type: Dict[str, str]
-    for key, value in _FIELD.findall(text):         # several of one name are a list, RFC 9110 §5.3: two Hosts are no name
+    for key, value in _FIELD.findall(text):     # several of one name make a list, RFC 9110 §5.3: two Hosts are no name
         key, value = key.lower(), value.rstrip("\t ")
         fields[key] = fields[key] + ", " + value if key in fields else value
     status, method, location, body, token, refusal = 200, "", "", "OK\n", "", ""
@@ -277,7 +282,7 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
             status, body = (404, "") if token_file is None else (200, token_file.decode("latin-1"))
         elif not rule.health or path != rule.health:
             status, location = rule.status, _redirect(name, target, fields, rule)
-            body = PAGE.format(title="Object moved", text='This object may be found <a href="%s">here</a>.' % escape(location))
+            body = PAGE.format(title="Object moved", text=MOVED % escape(location))
     except Refusal as refused:
         status, refusal = refused.args
         close = unread = True
@@ -294,15 +299,19 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
         rest += "Connection: close\r\n"
     if method == "HEAD":
         body = ""
-    line, referer, agent = map(_log_escape, (text.lstrip("\r\n").partition("\r\n")[0][:MAX_TARGET],
-                                             fields.get("referer", "-"), fields.get("user-agent", "-")))
+    line, referer, agent = (_log_escape(field[:MAX_LOGGED])[:MAX_LOGGED] for field in (
+        text.lstrip("\r\n").partition("\r\n")[0], fields.get("referer", "-"), fields.get("user-agent", "-")))
     log = '"%s" %d %d "%s" "%s"' % (line, status, len(body), referer, agent)
     start = "" if refusal.startswith("TLS") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
     return Answer(start.encode(), (rest + "\r\n" + body).encode("latin-1"), close, unread, log, refusal, token)
 
 
+# The answer is pure, and monitors, load balancers and benchmarks send one head again and again.
+_kept_answer = lru_cache(maxsize=128)(answer)
+
+
 def is_hopeless(buffer: bytes, new: int) -> bool:
-    """Whether a head that is not complete is refused already; only its last `new` bytes have not been looked at before."""
+    """Whether a head that is not complete is refused already; only its last `new` bytes were not looked at before."""
     if b"\n" in buffer[-new:]:
         return not _BEGUN.match(buffer) or bool(_LONE_LF.search(buffer, len(buffer) - new)) or len(buffer) > MAX_HEAD
     return buffer[:1] == b"\x16" or len(buffer) > MAX_HEAD or len(buffer) > MAX_TARGET + 64 and b"\n" not in buffer
@@ -316,13 +325,13 @@ class Log:
 
     write(line) takes a str that ends in a newline; tell(text) hears of faults.
     """
-    WAITING = 10000     # lines, some 2 MB
+    WAITING = 5000      # lines, of some 3 KB at the most
     SECONDS = 0.01      # that lines gather before they are written in one go
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
         self.lines = deque()    # type: Deque[str]
-        self.lost = 0
+        self.given = self.settled = 0   # lines that write() was given; those that were written, or told to be lost
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -330,8 +339,7 @@ class Log:
     def write(self, line: str) -> None:
         if len(self.lines) < self.WAITING:
             self.lines.append(line)
-        else:
-            self.lost += 1
+        self.given += 1
         if not self._more.is_set():
             self._more.set()
 
@@ -342,31 +350,31 @@ class Log:
             self._closing.wait(self.SECONDS)
             self._more.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
-            data = "".join(lines).encode("ascii", "backslashreplace")
+            data = ("\n" * faulty + "".join(lines)).encode("ascii", "backslashreplace")     # ends a line that was torn
             try:
                 while data:
                     data = data[os.write(self.fd, data):]
-                if self.lost:
-                    self._tell_lost()
+                self.settled += len(lines)
+                self._tell_lost()
                 faulty = False
             except OSError as error:
-                self.lost += len(lines)
                 if not faulty:
                     self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
                 faulty = True
 
     def _tell_lost(self) -> None:
-        lost, self.lost = self.lost, 0
-        self.tell("%d lines of the log were lost" % lost)
+        lost = self.given - self.settled - len(self.lines)
+        if lost > 0:
+            self.settled += lost
+            self.tell("%d lines of the log were lost" % lost)
 
     def close(self) -> None:
         """Write what waits, but do not wait for a reader that stalls."""
         self._closing.set()
         self._more.set()
-        self._thread.join(1)
-        self.lost += len(self.lines)
-        if self.lost:
-            self._tell_lost()
+        self._thread.join(0.5)
+        self.lines.clear()
+        self._tell_lost()
 
 
 @lru_cache(maxsize=2)
@@ -400,13 +408,15 @@ class RedirectHandler(BaseHTTPRequestHandler):
     idle_seconds = 15.0         # from an answer to the next request
     drain_seconds = 5.0         # for what the client still sends after its last answer,
     drain_bytes = 8 << 20       # and how much of that is read
+    answers_at_once = 32        # to pipelined requests, before it is another client's turn
 
     def setup(self) -> None:
         self.rule = getattr(self.server, "rule", self.rule)
-        self.access_log, self.error_log = getattr(self.server, "access_log", None), getattr(self.server, "error_log", None)
+        self.access_log = getattr(self.server, "access_log", None)
+        self.error_log = getattr(self.server, "error_log", None)
         self.blocking = self.request.gettimeout() != 0
         self.buffer = self.outgoing = b""
-        self.close_connection = self.idle = self.unread = self.draining = self.over = False
+        self.close_connection = self.idle = self.unread = self.draining = self.over = self.more = False
         self.deadline = time.monotonic() + self.head_seconds
         if self.blocking:
             self.request.settimeout(self.head_seconds)
@@ -416,15 +426,15 @@ class RedirectHandler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         self.handle_one_request()
-        while self.blocking and not self.over:
+        while self.blocking and not self.over and time.monotonic() < self.deadline:
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
         """One step: send what is left to send, or else read once and answer every request that is whole by then."""
         try:
             if not self.outgoing:
-                data = self.request.recv(8192)
-                if self.draining or not data:
+                data = b"" if self.more else self.request.recv(8192)
+                if self.draining or not data and not self.more:
                     self.drain_bytes -= len(data)
                     self.over = not data or self.drain_bytes < 0 or time.monotonic() > self.deadline
                     return
@@ -442,32 +452,34 @@ class RedirectHandler(BaseHTTPRequestHandler):
         now = time.monotonic()
         if self.idle:
             self.idle, self.deadline = False, now + self.head_seconds
-        buffer, start = self.buffer + data, max(0, len(self.buffer) - 3)
-        answers = []
-        while not self.close_connection:
+        buffer, start = self.buffer + data, max(0, len(self.buffer) - 3) if data else 0
+        last = getattr(self.server, "stopping", False)
+        answers = []        # type: List[bytes]
+        while not self.close_connection and len(answers) < self.answers_at_once:
             end = buffer.find(b"\r\n\r\n", start) + 4
             if end < 4:
                 if not is_hopeless(buffer, len(data)):
                     break
                 end = len(buffer)
             head, buffer, start = buffer[:end], buffer[end:], 0
-            result = answer(head, self.rule)
+            result = (_kept_answer if end < MAX_KEPT else answer)(head, self.rule)
             if result.token:
                 result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
             date, log_date = _dates(int(time.time()))
             if result.start:
-                answers.append(result.start + date + result.rest)
-                if self.access_log:
+                close = b"\r\nConnection: close" if last and not result.close else b""
+                answers.append(result.start + date + close + result.rest)
+                if self.access_log is not None:
                     self.access_log.write("%s - - [%s] %s\n" % (self.address_string(), log_date, result.log))
             if result.refusal:
                 self.log_error("refused: %s", result.refusal)
-            self.close_connection, self.unread = result.close, result.unread
-        self.buffer, self.outgoing = buffer, b"".join(answers)
+            self.close_connection, self.unread = result.close or last, result.unread
+        self.buffer, self.outgoing, self.more = buffer, b"".join(answers), len(answers) == self.answers_at_once
         if answers:
             self.idle, self.deadline = not buffer, now + (self.head_seconds if buffer else self.idle_seconds)
 
     def _close(self) -> None:
-        """End the connection, but take first what the client still sends: a close before that would reset its answer."""
+        """End the connection, but first take what the client still sends: a close before that would reset its answer."""
         if self.unread or self.buffer:
             self.request.shutdown(socket.SHUT_WR)
             self.draining, self.deadline = True, time.monotonic() + self.drain_seconds
@@ -480,8 +492,9 @@ class RedirectHandler(BaseHTTPRequestHandler):
 
     def log_error(self, format: str, *args: Any) -> None:
         """A line for standard error with the client's address, in a form for fail2ban's <HOST>."""
-        if self.error_log:
-            self.error_log.write("[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], self.address_string(), format % args))
+        if self.error_log is not None:
+            self.error_log.write("[%s] owahttps: %s %s\n" % (
+                _dates(int(time.time()))[1], self.address_string(), format % args))
 
 
 class _HTTPServer(HTTPServer):
@@ -489,7 +502,8 @@ class _HTTPServer(HTTPServer):
     # Windows would let a second server take the port of one that has SO_REUSEADDR.
     allow_reuse_address = os.name != "nt"
 
-    def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Any, bind_and_activate: bool = True) -> None:
+    def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Any,
+                 bind_and_activate: bool = True) -> None:
         host, port = server_address
         if host == "" and socket.has_ipv6:
             try:
@@ -520,120 +534,116 @@ class RedirectServer(_HTTPServer):
     max_connections  at the cap, the connection that has waited longest makes room for a new one
     access_log, error_log   anything with write(str), or None
 
-    serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver; stop() is shutdown()
-    without the wait, for a signal handler.
+    serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver; stop() is
+    shutdown() without the wait, for a signal handler.
     """
-    request_queue_size = 1024
-    grace_seconds = 3.0         # after a stop, for requests that are under way
+    request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
+    grace_seconds = 2.0         # after a stop, for requests that are under way
     rule = RedirectRule()
 
     def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
                  bind_and_activate: bool = True, *, rule: RedirectRule = rule, max_connections: int = 450,
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
         self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
-        self._connections = OrderedDict()   # type: OrderedDict[RedirectHandler, int]  # to its events; longest wait first
-        self._stopping, self._stopped = False, threading.Event()
+        # Each to the events that it waits for; who has waited longest comes first.
+        self._connections = OrderedDict()   # type: OrderedDict[RedirectHandler, int]
+        self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        self._stopping = False
         self._stopped.clear()
         self.socket.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._accepting = False
+        self._selector.register(self.socket, selectors.EVENT_READ)
         self._next_sweep = 0.0
         try:
-            while not self._stopping:
+            while not self.stopping:
                 self._turn(poll_interval)
             self._wind_up()
         finally:
             for handler in list(self._connections):
                 self._drop(handler)
             self._selector.close()
+            self.stopping = False
             self._stopped.set()
 
     def stop(self) -> None:
-        self._stopping = True
+        self.stopping = True
 
     def shutdown(self) -> None:
         self.stop()
         self._stopped.wait()
 
     def _wind_up(self) -> None:
-        """Answer what has come so far, then take no more, and let requests that are under way end."""
-        self._turn(0)
-        self._listen(False)
+        """Accept who has come so far, then no more, and let requests that are under way end."""
+        for _ in range(self.request_queue_size // 16):
+            self._accept()
+        self._selector.unregister(self.socket)
         self.socket.close()
-        end = time.monotonic() + self.grace_seconds
-        while time.monotonic() < end:
-            for handler in [handler for handler in self._connections if not handler.buffer and not handler.outgoing and not handler.draining]:
-                self._drop(handler)
-            if not self._connections:
-                break
-            self._turn(0.1)
+        start = now = time.monotonic()
+        while self._connections and now < start + self.grace_seconds:
+            self._turn(0.02)
+            now = time.monotonic()
+            for handler in list(self._connections) if now > start + 0.2 else ():    # what was sent has come by then
+                if not (handler.buffer or handler.outgoing or handler.draining):
+                    self._drop(handler)
 
     def _turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
-        for key, _ in self._selector.select(timeout):
+        timeout = max(0, min(timeout, self._next_sweep - time.monotonic()))
+        for turn, (key, _) in enumerate(self._selector.select(timeout)):
             handler = key.data
-            if handler is None:
+            if (handler is None or turn % 64 == 63) and not self.stopping:  # who is new does not wait for a slow crowd
                 self._accept()
-                continue
-            try:
-                handler.handle()
-            except Exception:
-                self.handle_error(handler.request, handler.client_address)
-                handler.over = True
-            self._settle(handler)
+            if handler in self._connections:
+                try:
+                    handler.handle()
+                    self._settle(handler)
+                except Exception:
+                    self.handle_error(handler.request, handler.client_address)
+                    self._drop(handler)
         now = time.monotonic()
         if now >= self._next_sweep:
-            self._next_sweep = now + 0.5
-            for handler in [handler for handler in self._connections if handler.deadline < now]:
+            overdue = list(islice((handler for handler in self._connections if handler.deadline < now), 64))
+            self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
+            for handler in overdue:
                 if handler.buffer:
                     handler.log_error("refused: no whole request head in %g seconds", handler.head_seconds)
                 self._drop(handler)
-            if not self._stopping:
-                self._listen(True)
-
-    def _listen(self, accepting: bool) -> None:
-        if accepting and not self._accepting:
-            self._selector.register(self.socket, selectors.EVENT_READ)
-        elif self._accepting and not accepting:
-            self._selector.unregister(self.socket)
-        self._accepting = accepting
 
     def _accept(self) -> None:
-        for _ in range(64):
+        for _ in range(16):
             try:
                 request, client_address = self.get_request()
             except (BlockingIOError, InterruptedError, ConnectionError):
                 return
-            except OSError:         # out of file descriptors or memory: serve those that are here, until the next sweep
-                self._listen(False)
+            except OSError:         # out of file descriptors or memory
+                if self._connections:
+                    self._drop(next(iter(self._connections)))
+                else:
+                    time.sleep(0.1)         # nobody else waits, and a turn without rest would spin
                 return
             if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self._connections) >= self.max_connections:
-            self._drop(next(iter(self._connections)))
         try:
             request.setblocking(False)
-            handler = self.RequestHandlerClass(request, client_address, self)
+            self._settle(self.RequestHandlerClass(request, client_address, self))
         except Exception:
             self.handle_error(request, client_address)
             self.close_request(request)
-        else:
-            self._settle(handler)
 
     def _settle(self, handler: RedirectHandler) -> None:
         """See to it that the selector waits for what this handler waits for."""
-        events = selectors.EVENT_WRITE if handler.outgoing else selectors.EVENT_READ
+        events = selectors.EVENT_WRITE if handler.outgoing or handler.more else selectors.EVENT_READ
         before = self._connections.get(handler)
         if handler.over:
             self._drop(handler)
         elif before is None:
+            if len(self._connections) >= self.max_connections:
+                self._drop(next(iter(self._connections)))
             self._selector.register(handler.request, events, handler)
             self._connections[handler] = events
         else:
@@ -645,7 +655,8 @@ class RedirectServer(_HTTPServer):
 
     def _drop(self, handler: RedirectHandler) -> None:
         if self._connections.pop(handler, None):
-            self._selector.unregister(handler.request)
+            with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
+                self._selector.unregister(handler.request)
         self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -653,7 +664,7 @@ class RedirectServer(_HTTPServer):
         kind, error, trace = sys.exc_info()
         while trace and trace.tb_next:
             trace = trace.tb_next
-        (self.error_log or sys.stderr).write("[%s] owahttps: %s error in line %d: %s\n" % (
+        (sys.stderr if self.error_log is None else self.error_log).write("[%s] owahttps: %s error in line %d: %s\n" % (
             _dates(int(time.time()))[1], client_address[0], trace.tb_lineno if trace else 0, _log_escape(repr(error))))
 
 
@@ -681,7 +692,7 @@ ASP_PAGE = """\
 
 
 def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
-    """The article's Owahttps.asp for this rule, to the letter for the default one; raises RuleError where it cannot be."""
+    """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError where there is none."""
     for wrong, reason in ((rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
                           (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
                           (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
@@ -715,7 +726,7 @@ Deep links are lost: everybody lands on {path}. A form that was posted has cross
 Without a certificate on the site, Require secure channel answers 403 to everything.
 Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.""",
     "S": "Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.",
-    "T": "Not behind a load balancer that ends TLS: every request comes to port {http_port}, and is redirected for ever.",
+    "T": "Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected for ever.",
     "L": "The script and its undo were never run on Windows: read them first.",
     "P": "The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).",
     "M": "On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.",
@@ -990,8 +1001,8 @@ def exchange(name: str, rule: RedirectRule, http_port: int, method: str, site: i
                             % (values["error_path"], url, url, url)) if file else ""
     caveats = "".join(CAVEATS[mark] + "\n" for mark in marks)
     parts = [("about", ABOUT[method] + re.sub("(?m)^(?=[^ ])", " - ", caveats).replace("\n  ", "\n   "), ""),
-             ("steps", STEPS[method] + (IIS6_STEPS if "P" in marks else ""), ""), ("script", SCRIPT[method], "owahttps.cmd"),
-             ("undo", UNDO[method], "owahttps-undo.cmd"), ("verify", VERIFY, "")]
+             ("steps", STEPS[method] + (IIS6_STEPS if "P" in marks else ""), ""), ("verify", VERIFY, ""),
+             ("script", SCRIPT[method], "owahttps.cmd"), ("undo", UNDO[method], "owahttps-undo.cmd")]
     return ([Part("asp", page, "Owahttps.asp", "\r\n")] if page else []) + [
         Part(part, text.format(**values), file, "\r\n") for part, text, file in parts]
 
@@ -1305,8 +1316,8 @@ MAX_ANSWER = 64 * 1024      # bytes that are read of one response
 HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
 SEVERITIES = ("ok", "note", "warning", "unknown", "critical")
 EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "critical": 2, "unknown": 3}    # the monitoring world's
-# What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), then what was
-# seen and what to do.
+# What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), then what
+# was seen and what to do.
 _FINDING = r"(?m)^(\w+) +(\S+): (.*(?:\n .*)*)"
 FINDINGS = {id: (severity, " ".join(text.split())) for severity, id, text in re.findall(_FINDING, """\
 ok       redirection-to-https: {url} goes to {location}
@@ -2086,9 +2097,8 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
         return ("may not bind %s: give it a systemd unit with AmbientCapabilities=CAP_NET_BIND_SERVICE, or "
                 "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
-        return where + " is in use: " + (
-            "netstat -ano shows the process; PID 4 is http.sys (IIS): netsh http show servicestate" if os.name == "nt" else
-            "ss -ltnp 'sport = :%d' shows by what" % port)
+        return where + " is in use: " + ("ss -ltnp 'sport = :%d' shows by what" % port if os.name != "nt" else
+                                         "netstat -ano shows the process; PID 4 is http.sys (IIS): netsh http show servicestate")
     return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
 
 
@@ -2128,14 +2138,16 @@ def command_serve(args: argparse.Namespace) -> int:
     rule = RedirectRule(**_rule_fields(args))
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
         raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
-    for fd in (0, 1, 2):                # a closed one would become a socket's, and the log would go into it
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):   # a closed one would become a socket's, and get the log
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            _say("standard output is closed: no access log") if fd == 1 else None
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "w"))
+            if fd == 1:
+                _say("standard output is closed: no access log")
     try:
-        server = RedirectServer((args.bind, args.port), rule=rule, max_connections=args.max_connections or _connection_cap())
+        server = RedirectServer((args.bind, args.port), rule=rule,
+                                max_connections=args.max_connections or _connection_cap())
     except OSError as error:
         raise Failure(_bind_trouble(error, args.bind, args.port)) from None
     with server:
@@ -2144,21 +2156,24 @@ def command_serve(args: argparse.Namespace) -> int:
                 _drop_to(args.user)
             except (ImportError, KeyError, OSError) as error:
                 raise Failure("cannot become user %a: %s" % (args.user, error)) from None
-        host, port = server.server_address[:2]
-        _say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
-            "[%s]" % host if ":" in str(host) else host, port, rule.authority("HOST"),
-            "/, path kept" if rule.keep_path else rule.path, rule.status))
-        for warning in _warnings(rule, str(host), args.user):
-            _say("warning: " + warning)
-        server.error_log = Log(2, tell=lambda text: None)
-        log = Log(1, tell=lambda text: server.error_log.write("owahttps: %s\n" % text))
-        server.access_log = None if args.quiet else log
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda *_: server.stop())
+        server.error_log = errors = Log(2, tell=lambda text: None)
+
+        def say(text: str) -> None:
+            errors.write("owahttps: %s\n" % text)
+        host, port = server.server_address[:2]
+        say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
+            "[%s]" % host if ":" in str(host) else host, port, rule.authority("HOST"),
+            "/, path kept" if rule.keep_path else rule.path, rule.status))
+        for warning in _warnings(rule, str(host), args.user):
+            say("warning: " + warning)
+        log = Log(1, tell=say)
+        server.access_log = None if args.quiet else log
         server.serve_forever()
         log.close()
-        server.error_log.close()
+        errors.close()
     return 0
 
 
