@@ -262,7 +262,7 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
     """
     text = head.decode("latin-1")
     match = _HEAD.fullmatch(text)
-    fields = {}         # type: Dict[str, str]
+    fields: Dict[str, str] = {}
     for key, value in _FIELD.findall(text):     # several of one name make a list, RFC 9110 §5.3: two Hosts are no name
         key, value = key.lower(), value.rstrip("\t ")
         fields[key] = fields[key] + ", " + value if key in fields else value
@@ -326,46 +326,52 @@ class Log:
     write(line) takes a str that ends in a newline; tell(text) hears of faults.
     """
     WAITING = 5000      # lines, of some 3 KB at the most
-    SECONDS = 0.01      # that lines gather before they are written in one go
+    AT_ONCE = 256       # lines that are written in one go,
+    SECONDS = 0.01      # or as many as gather in this time
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
-        self.lines = deque()    # type: Deque[str]
-        self.given = self.settled = 0   # lines that write() was given; those that were written, or told to be lost
+        self.lines: Deque[str] = deque()
+        self.lost = self.under_way = 0  # lines that nobody will see; those that are being written
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def write(self, line: str) -> None:
-        if len(self.lines) < self.WAITING:
+        waiting = len(self.lines)
+        if waiting < self.WAITING:
             self.lines.append(line)
-        self.given += 1
-        if not self._more.is_set():
-            self._more.set()
+            if not waiting:
+                self._more.set()
+        else:
+            self.lost += 1
 
     def _run(self) -> None:
         faulty = False
         while self.lines or not self._closing.is_set():
-            self._more.wait()
-            self._closing.wait(self.SECONDS)
+            if not self.lines:
+                self._more.wait()
             self._more.clear()
-            lines = [self.lines.popleft() for _ in range(len(self.lines))]
+            if len(self.lines) < self.AT_ONCE:
+                self._closing.wait(self.SECONDS)
+            self.under_way = min(len(self.lines), self.AT_ONCE)
+            lines = [self.lines.popleft() for _ in range(self.under_way)]
             data = ("\n" * faulty + "".join(lines)).encode("ascii", "backslashreplace")     # ends a line that was torn
             try:
                 while data:
                     data = data[os.write(self.fd, data):]
-                self.settled += len(lines)
-                self._tell_lost()
                 faulty = False
+                self._tell_lost()
             except OSError as error:
+                self.lost += self.under_way
                 if not faulty:
                     self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
                 faulty = True
+            self.under_way = 0
 
     def _tell_lost(self) -> None:
-        lost = self.given - self.settled - len(self.lines)
-        if lost > 0:
-            self.settled += lost
+        lost, self.lost = self.lost, 0
+        if lost:
             self.tell("%d lines of the log were lost" % lost)
 
     def close(self) -> None:
@@ -373,6 +379,7 @@ class Log:
         self._closing.set()
         self._more.set()
         self._thread.join(0.5)
+        self.lost += self.under_way + len(self.lines)
         self.lines.clear()
         self._tell_lost()
 
@@ -417,6 +424,9 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.blocking = self.request.gettimeout() != 0
         self.buffer = self.outgoing = b""
         self.close_connection = self.idle = self.unread = self.draining = self.over = self.more = False
+        self.events = 0         # that a RedirectServer's selector waits for
+        self.last = getattr(self.server, "stopping", False)     # whether no request may follow the next one
+        self.client = self.address_string()
         self.deadline = time.monotonic() + self.head_seconds
         if self.blocking:
             self.request.settimeout(self.head_seconds)
@@ -449,12 +459,9 @@ class RedirectHandler(BaseHTTPRequestHandler):
             self.over = True
 
     def _answer(self, data: bytes) -> None:
-        now = time.monotonic()
-        if self.idle:
-            self.idle, self.deadline = False, now + self.head_seconds
-        buffer, start = self.buffer + data, max(0, len(self.buffer) - 3) if data else 0
-        last = getattr(self.server, "stopping", False)
-        answers = []        # type: List[bytes]
+        buffer = self.buffer + data
+        start = max(0, len(self.buffer) - 3) if data and self.buffer else 0
+        answers: List[bytes] = []
         while not self.close_connection and len(answers) < self.answers_at_once:
             end = buffer.find(b"\r\n\r\n", start) + 4
             if end < 4:
@@ -467,19 +474,21 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
             date, log_date = _dates(int(time.time()))
             if result.start:
-                close = b"\r\nConnection: close" if last and not result.close else b""
-                answers.append(result.start + date + close + result.rest)
+                if self.last and not result.close:
+                    date += b"\r\nConnection: close"
+                answers.append(result.start + date + result.rest)
                 if self.access_log is not None:
-                    self.access_log.write("%s - - [%s] %s\n" % (self.address_string(), log_date, result.log))
+                    self.access_log.write("%s - - [%s] %s\n" % (self.client, log_date, result.log))
             if result.refusal:
                 self.log_error("refused: %s", result.refusal)
-            self.close_connection, self.unread = result.close or last, result.unread
+            self.close_connection, self.unread = result.close or self.last, result.unread
         self.buffer, self.outgoing, self.more = buffer, b"".join(answers), len(answers) == self.answers_at_once
-        if answers:
-            self.idle, self.deadline = not buffer, now + (self.head_seconds if buffer else self.idle_seconds)
+        if answers or self.idle:
+            self.idle = not buffer
+            self.deadline = time.monotonic() + (self.idle_seconds if self.idle else self.head_seconds)
 
     def _close(self) -> None:
-        """End the connection, but first take what the client still sends: a close before that would reset its answer."""
+        """End the connection, but first take what the client still sends: closing at once would reset its answer."""
         if self.unread or self.buffer:
             self.request.shutdown(socket.SHUT_WR)
             self.draining, self.deadline = True, time.monotonic() + self.drain_seconds
@@ -494,7 +503,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         """A line for standard error with the client's address, in a form for fail2ban's <HOST>."""
         if self.error_log is not None:
             self.error_log.write("[%s] owahttps: %s %s\n" % (
-                _dates(int(time.time()))[1], self.address_string(), format % args))
+                _dates(int(time.time()))[1], self.client, format % args))
 
 
 class _HTTPServer(HTTPServer):
@@ -545,8 +554,7 @@ class RedirectServer(_HTTPServer):
                  bind_and_activate: bool = True, *, rule: RedirectRule = rule, max_connections: int = 450,
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
         self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
-        # Each to the events that it waits for; who has waited longest comes first.
-        self._connections = OrderedDict()   # type: OrderedDict[RedirectHandler, int]
+        self._connections: OrderedDict[RedirectHandler, None] = OrderedDict()  # who waits longest comes first
         self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
@@ -581,6 +589,8 @@ class RedirectServer(_HTTPServer):
             self._accept()
         self._selector.unregister(self.socket)
         self.socket.close()
+        for handler in self._connections:
+            handler.last = True
         start = now = time.monotonic()
         while self._connections and now < start + self.grace_seconds:
             self._turn(0.02)
@@ -596,9 +606,9 @@ class RedirectServer(_HTTPServer):
             handler = key.data
             if (handler is None or turn % 64 == 63) and not self.stopping:  # who is new does not wait for a slow crowd
                 self._accept()
-            if handler in self._connections:
+            if handler is not None and handler.events:      # else it was dropped in this turn
                 try:
-                    handler.handle()
+                    handler.handle_one_request()
                     self._settle(handler)
                 except Exception:
                     self.handle_error(handler.request, handler.client_address)
@@ -630,33 +640,35 @@ class RedirectServer(_HTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         try:
             request.setblocking(False)
-            self._settle(self.RequestHandlerClass(request, client_address, self))
+            self._settle(self.RequestHandlerClass(request, client_address, self))   # type: ignore
         except Exception:
             self.handle_error(request, client_address)
             self.close_request(request)
 
     def _settle(self, handler: RedirectHandler) -> None:
         """See to it that the selector waits for what this handler waits for."""
-        events = selectors.EVENT_WRITE if handler.outgoing or handler.more else selectors.EVENT_READ
-        before = self._connections.get(handler)
         if handler.over:
             self._drop(handler)
-        elif before is None:
-            if len(self._connections) >= self.max_connections:
-                self._drop(next(iter(self._connections)))
-            self._selector.register(handler.request, events, handler)
-            self._connections[handler] = events
-        else:
-            if before != events:
+            return
+        events = selectors.EVENT_WRITE if handler.outgoing or handler.more else selectors.EVENT_READ
+        if handler.events != events:
+            if handler.events:
                 self._selector.modify(handler.request, events, handler)
-                self._connections[handler] = events
-            if handler.idle:
-                self._connections.move_to_end(handler)
+            else:
+                if len(self._connections) >= self.max_connections:
+                    self._drop(next(iter(self._connections)))
+                self._selector.register(handler.request, events, handler)
+                self._connections[handler] = None
+            handler.events = events
+        if handler.idle:
+            self._connections.move_to_end(handler)
 
     def _drop(self, handler: RedirectHandler) -> None:
-        if self._connections.pop(handler, None):
+        if handler.events:
+            del self._connections[handler]
             with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
                 self._selector.unregister(handler.request)
+        handler.events = 0
         self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -726,7 +738,7 @@ Deep links are lost: everybody lands on {path}. A form that was posted has cross
 Without a certificate on the site, Require secure channel answers 403 to everything.
 Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.""",
     "S": "Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.",
-    "T": "Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected for ever.",
+    "T": "Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected forever.",
     "L": "The script and its undo were never run on Windows: read them first.",
     "P": "The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).",
     "M": "On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.",
@@ -1239,8 +1251,9 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def page(self) -> Tuple[int, str, List[Tuple[str, str]]]:
         """Status, title, and what happened: a sentence and its detail each."""
+        story: List[Tuple[str, str]] = self.server.story()      # type: ignore
         secure = "%s, %s" % (self.connection.version(), self.connection.cipher()[0])
-        return 200, "You are on HTTPS", self.server.story() + [("This page came over a secure channel.", secure)]
+        return 200, "You are on HTTPS", story + [("This page came over a secure channel.", secure)]
 
     def do_GET(self) -> None:
         status, title, steps = self.page()
@@ -1279,7 +1292,7 @@ class StubServer(_ThreadingServer):
         self.story = story
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
-            self.fields = []    # type: List[Tuple[str, str]]
+            self.fields: List[Tuple[str, str]] = []
             try:
                 self.context.load_cert_chain(certificate, key or None)
             except OSError as error:
@@ -1481,10 +1494,10 @@ class _SiteCheck:
                  seconds: float) -> None:
         self.site, self.address, self.expected, self.trust, self.seconds = site, address, expected, trust, seconds
         self.rule = RedirectRule(**expected)
-        self.findings = OrderedDict()   # type: OrderedDict[Finding, None]
-        self.hops = []                  # type: List[Hop]
-        self._answers = {}              # type: Dict[Url, Optional[Response]]
-        self._contexts = {}             # type: Dict[Tuple[str, int], Optional[ssl.SSLContext]]
+        self.findings: OrderedDict[Finding, None] = OrderedDict()
+        self.hops: List[Hop] = []
+        self._answers: Dict[Url, Optional[Response]] = {}
+        self._contexts: Dict[Tuple[str, int], Optional[ssl.SSLContext]] = {}
 
     def found(self, id: str, **values: Any) -> None:
         """Add a finding; what is fine is said once, what is not for every URL."""
@@ -1520,7 +1533,7 @@ class _SiteCheck:
             return b"", {}
 
     def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
-        values = dict(origin="https://%s:%d" % url[1:3], host=url.name)     # type: Dict[str, Any]
+        values: Dict[str, Any] = dict(origin="https://%s:%d" % url[1:3], host=url.name)
         context, now = _trusting(self.trust), time.time()
         fields = self._certificate(url, context)[1]
         trusted = bool(fields)
@@ -1602,7 +1615,8 @@ class _SiteCheck:
 
     def _follow(self, start: Url) -> None:
         """Ask for start, go where it leads, and judge every hop."""
-        url, seen = start, []       # type: Url, List[Url]
+        url = start
+        seen: List[Url] = []
         while True:
             response = self._ask(url)
             if not response:
@@ -1642,7 +1656,7 @@ class _SiteCheck:
             self.found("redirection-missing", url=url, status=response.status)
 
     def _judge_first(self, url: Url, response: Response, following: Url) -> None:
-        values = dict(url=url, location=following, status=response.status)     # type: Dict[str, Any]
+        values: Dict[str, Any] = dict(url=url, location=following, status=response.status)
         status, expected, name = self.expected.get("status", response.status), following, following.name
         if "path" in self.expected or self.rule.keep_path:
             expected, name = parse_url(self.rule.location(url.name, url.target)), url.name
@@ -1711,8 +1725,8 @@ def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str =
     """
     site = _site(target)
     ask = _site(connect) if connect else site
-    findings = OrderedDict()    # type: OrderedDict[Finding, None]
-    hops = []                   # type: List[Hop]
+    findings: OrderedDict[Finding, None] = OrderedDict()
+    hops: List[Hop] = []
     try:
         infos = socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)
         addresses = {info[4][:2] for info in infos}
@@ -2022,7 +2036,7 @@ class Failure(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    words = []      # type: List[str]  # every command and option
+    words: List[str] = []  # every command and option
     usage_exit = 2
 
     def __init__(self, **settings: Any) -> None:
@@ -2097,8 +2111,8 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
         return ("may not bind %s: give it a systemd unit with AmbientCapabilities=CAP_NET_BIND_SERVICE, or "
                 "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
-        return where + " is in use: " + ("ss -ltnp 'sport = :%d' shows by what" % port if os.name != "nt" else
-                                         "netstat -ano shows the process; PID 4 is http.sys (IIS): netsh http show servicestate")
+        who = "netstat -ano shows by what; PID 4 is http.sys (IIS): netsh http show servicestate"
+        return where + " is in use: " + (who if os.name == "nt" else "ss -ltnp 'sport = :%d' shows by what" % port)
     return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
 
 
@@ -2163,11 +2177,11 @@ def command_serve(args: argparse.Namespace) -> int:
 
         def say(text: str) -> None:
             errors.write("owahttps: %s\n" % text)
-        host, port = server.server_address[:2]
+        host, port = str(server.server_address[0]), server.server_port
         say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
-            "[%s]" % host if ":" in str(host) else host, port, rule.authority("HOST"),
+            "[%s]" % host if ":" in host else host, port, rule.authority("HOST"),
             "/, path kept" if rule.keep_path else rule.path, rule.status))
-        for warning in _warnings(rule, str(host), args.user):
+        for warning in _warnings(rule, host, args.user):
             say("warning: " + warning)
         log = Log(1, tell=say)
         server.access_log = None if args.quiet else log
@@ -2319,7 +2333,7 @@ def build_parser() -> _Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], help: str, examples: str) -> _Parser:
-        command = commands.add_parser(name, help=help, description=help, epilog=examples)   # type: _Parser
+        command: _Parser = commands.add_parser(name, help=help, description=help, epilog=examples)
         _Parser.words.append(name)
         command.set_defaults(run=run)
         return command
@@ -2402,7 +2416,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.print_help()
         return 0
     try:
-        code = args.run(args)       # type: int
+        code: int = args.run(args)
         sys.stdout.flush()
         return code
     except ValueError as error:     # RuleError, or a target that is none

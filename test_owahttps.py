@@ -1772,7 +1772,7 @@ def test_size_is_a_feature():
     assert len(lines) <= CAP and max(map(len, lines)) <= 120
 
 
-CAP = 2400
+CAP = 2450
 
 
 def test_nothing_is_used_before_it_is_defined():
@@ -1797,8 +1797,8 @@ def test_imports_are_the_standard_librarys():
         elif isinstance(node, ast.ImportFrom):
             assert not node.level
             roots.add(node.module.split(".")[0])
-    if hasattr(sys, "stdlib_module_names"):
-        assert roots <= sys.stdlib_module_names
+    names = getattr(sys, "stdlib_module_names", None)       # since Python 3.10
+    assert names is None or roots <= names
     done = subprocess.run([sys.executable, "-S", "-E", "-s", "-c", "import owahttps"], cwd=HERE, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr.decode()       # without site-packages
 
