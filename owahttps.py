@@ -233,7 +233,7 @@ def _target(method: str, target: str, minor: str, fields: Dict[str, str]) -> Tup
     if absolute:        # RFC 9112 §3.2.2: its authority goes before the Host field
         name, target = _one_server_name(absolute.group(1)), absolute.group(2)
         target = target if target.startswith("/") else "/" + target
-    if "#" in target or not (target.startswith("/") or target == "*" and method == "OPTIONS"):
+    if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
         raise Refusal(400, "request target is not a path")
     return name, target
 
@@ -314,7 +314,7 @@ def is_hopeless(buffer: bytes, new: int) -> bool:
     """Whether a head that is not complete is refused already; only its last `new` bytes were not looked at before."""
     if b"\n" in buffer[-new:]:
         return not _BEGUN.match(buffer) or bool(_LONE_LF.search(buffer, len(buffer) - new)) or len(buffer) > MAX_HEAD
-    return buffer[:1] == b"\x16" or len(buffer) > MAX_HEAD or len(buffer) > MAX_TARGET + 64 and b"\n" not in buffer
+    return buffer[:1] == b"\x16" or len(buffer) > MAX_HEAD or (len(buffer) > MAX_TARGET + 64 and b"\n" not in buffer)
 
 
 # ---- The listener ----------------------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         try:
             if not self.outgoing:
                 data = b"" if self.more else self.request.recv(8192)
-                if self.draining or not data and not self.more:
+                if self.draining or (not data and not self.more):
                     self.drain_bytes -= len(data)
                     self.over = not data or self.drain_bytes < 0 or time.monotonic() > self.deadline
                     return
@@ -509,7 +509,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
 class _HTTPServer(HTTPServer):
     """An HTTPServer for addresses of every family; host "" is all of them, in one socket where the system can."""
     # Windows would let a second server take the port of one that has SO_REUSEADDR.
-    allow_reuse_address = os.name != "nt"
+    allow_reuse_address = sys.platform != "win32"
 
     def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Any,
                  bind_and_activate: bool = True) -> None:
@@ -529,8 +529,8 @@ class _HTTPServer(HTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        if os.name == "nt":
-            self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE"), 1)
+        if sys.platform == "win32":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         TCPServer.server_bind(self)         # HTTPServer's asks the DNS for a name of its own, which can take seconds
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -671,9 +671,9 @@ class RedirectServer(_HTTPServer):
         handler.events = 0
         self.close_request(handler.request)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
         """One line about the exception under way; it costs that connection and nothing else."""
-        kind, error, trace = sys.exc_info()
+        _, error, trace = sys.exc_info()
         while trace and trace.tb_next:
             trace = trace.tb_next
         (sys.stderr if self.error_log is None else self.error_log).write("[%s] owahttps: %s error in line %d: %s\n" % (
@@ -2107,12 +2107,13 @@ def _line(verdict: str, *columns: str) -> None:
 def _bind_trouble(error: OSError, host: str, port: int) -> str:
     """Why a listener cannot bind, and what to do: facts of the platforms, one line."""
     where = "%s port %d" % (host or "every address", port)
-    if error.errno == errno.EACCES and os.name != "nt":
+    if error.errno == errno.EACCES and sys.platform != "win32":
         return ("may not bind %s: give it a systemd unit with AmbientCapabilities=CAP_NET_BIND_SERVICE, or "
                 "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
-        who = "netstat -ano shows by what; PID 4 is http.sys (IIS): netsh http show servicestate"
-        return where + " is in use: " + (who if os.name == "nt" else "ss -ltnp 'sport = :%d' shows by what" % port)
+        if sys.platform == "win32":
+            return where + " is in use: netstat -ano shows by what; PID 4 is http.sys (IIS): netsh http show servicestate"
+        return "%s is in use: ss -ltnp 'sport = :%d' shows by what" % (where, port)
     return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
 
 
@@ -2156,7 +2157,7 @@ def command_serve(args: argparse.Namespace) -> int:
         try:
             os.fstat(fd)
         except OSError:
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
             if fd == 1:
                 _say("standard output is closed: no access log")
     try:
@@ -2173,7 +2174,7 @@ def command_serve(args: argparse.Namespace) -> int:
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda *_: server.stop())
-        server.error_log = errors = Log(2, tell=lambda text: None)
+        server.error_log = errors = Log(2, tell=lambda _: None)
 
         def say(text: str) -> None:
             errors.write("owahttps: %s\n" % text)

@@ -258,7 +258,8 @@ def test_the_longest_head(size, status):
 @pytest.mark.parametrize("begun, hopeless", [
     ("", False), ("G", False), ("GET / HTTP/1.1", False), ("GET / HTTP/1.1\r", False), ("GET / HTTP/1.1\r\n", False), ("\r\n", False), ("\r\nGET", False),
     ("GET / HTTP/1.1\r\nHost: a\r\n", False), ("GET /\r\n", True), ("GET / HTTP/1.1\n", True), ("GET / HTTP/1.1\r\nHost: a\n", True), ("\n", True), ("\x16", True),
-    ("\r\n\r", False), ("x" * (owahttps.MAX_TARGET + 65), True), ("GET / HTTP/1.1\r\nX: " + "x" * owahttps.MAX_HEAD, True), ("GET / HTTP/2.0\r\n", True)])
+    ("\r\n\r", False), ("x" * (owahttps.MAX_TARGET + 65), True), ("GET / HTTP/1.1\r\nX: " + "x" * owahttps.MAX_HEAD, True),
+    ("GET / HTTP/2.0\r\n", True)], ids=lambda value: ascii(value)[:40])
 def test_is_hopeless(begun, hopeless):
     """A head is refused as soon as it can never be right, however its bytes are cut into packets; else it may go on."""
     data = begun.encode()
@@ -340,10 +341,9 @@ def test_every_address_in_one_socket():
     with running(RedirectServer(("", 0), access_log=log)) as (_, port):
         assert b"302 Found" in ask(port, get())
         if socket.has_ipv6:
-            with contextlib.suppress(OSError):
-                with socket.create_connection(("::1", port), 5) as sock:
-                    sock.sendall(get(host="[::1]:80").encode())
-                    assert b"Location: https://[::1]/exchange" in sock.recv(65536)
+            with contextlib.suppress(OSError), socket.create_connection(("::1", port), 5) as sock:
+                sock.sendall(get(host="[::1]:80").encode())
+                assert b"Location: https://[::1]/exchange" in sock.recv(65536)
     assert lines[0].startswith("127.0.0.1 - - [")
 
 
@@ -460,7 +460,7 @@ def test_slow_clients_are_cut_at_their_deadline_and_nobody_waits_for_them():
             start = time.monotonic()
             assert is_whole(fetch_all(server))
             normal.append(time.monotonic() - start)
-        assert len(ends) == 150 and 0.5 < min(ends.values()) and max(ends.values()) < 3
+        assert len(ends) == 150 and min(ends.values()) > 0.5 and max(ends.values()) < 3
         assert sorted(normal)[len(normal) // 2] < 0.1
         assert wait_until(lambda: not server._connections)
         assert sum("no whole request head in 0.6 seconds" in line for line in server.error_log) == 100
@@ -484,9 +484,9 @@ def test_oldest_idle_connection_makes_room():
     """At the cap a new client must never be the one that waits, and no more than one old one may pay for it."""
     with listening(max_connections=20) as server:
         idle = []
-        for number in range(20):
+        for _ in range(20):
             idle.append(connect(server))
-            assert wait_until(lambda: len(server._connections) == number + 1)
+            assert wait_until(lambda: len(server._connections) == len(idle))
         with contextlib.closing(connect(server)) as kept:
             assert wait_until(lambda: select.select(idle[:1], [], [], 0)[0])
             kept.sendall(KEEP % 1)
@@ -606,10 +606,9 @@ def test_a_client_that_never_reads():
 
 def test_half_close_is_answered():
     """A client that has said all it has to say must never be taken for gone."""
-    with listening() as server:
-        with contextlib.closing(connect(server, KEEP % 1)) as sock:
-            sock.shutdown(socket.SHUT_WR)
-            assert is_whole(read_all(sock))
+    with listening() as server, contextlib.closing(connect(server, KEEP % 1)) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert is_whole(read_all(sock))
 
 
 @pytest.mark.parametrize("end", (socket.socket.close, abort))
@@ -825,7 +824,7 @@ def test_a_log_reader_that_stalls_costs_lines_and_they_are_counted():
 def test_a_log_reader_that_stalls_to_the_end():
     """close() must never wait for it, and what was under way counts as lost."""
     reader, writer, told, log = pipe_of_log()
-    for number in range(4000):
+    for _ in range(4000):
         log.write("x" * 99 + "\n")
     assert wait_until(lambda: len(log.lines) < 4000)
     start = time.monotonic()
@@ -843,7 +842,7 @@ def test_a_log_that_recovers_glues_no_lines():
     """A write that was cut short must never make one line of two."""
     reader, writer, told, log = pipe_of_log()
     os.set_blocking(writer, False)
-    for number in range(3000):
+    for _ in range(3000):
         log.write("x" * 99 + "\n")
     assert wait_until(lambda: told)
     read = os.read(reader, 1 << 20)
@@ -946,6 +945,7 @@ def test_standard_error_stalled_from_the_start(reader_exits):
 
 
 @linux
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_sixty_four_file_descriptors():
     """Swamped beyond its descriptors, the server must never leave a normal client unanswered."""
     for options in ((), ("--max-connections", "5000")):
@@ -1058,7 +1058,7 @@ def test_the_articles_steps():
 def test_write_never_overwrites(tmp_path):
     page = tmp_path / "Owahttps.asp"
     for _ in range(2):
-        code, out, _ = run("generate", "--asp", "--write", str(tmp_path))
+        code = run("generate", "--asp", "--write", str(tmp_path))[0]
         assert code == 0 and page.read_bytes() == ARTICLE.replace("\n", "\r\n").encode()
     page.write_bytes(b"mine")
     code, _, err = run("generate", "--write", str(tmp_path))
@@ -1080,7 +1080,7 @@ def test_exchange_recipes(name, method):
     assert not (name == "exchange2007" and "responseMode='Redirect'" in text)
     assert ("CustomErrorModule\" />" in parts["about"]) == (name in ("exchange2016", "exchange2019", "exchange-se"))
     if method:
-        assert "add backup" in parts["script"] and "/commit:apphost" in parts["script"] or "-commit:apphost" in parts["script"]
+        assert ("add backup" in parts["script"] and "/commit:apphost" in parts["script"]) or "-commit:apphost" in parts["script"]
     else:
         assert "W3SVC/3/ROOT" in parts["script"] and "adsutil" not in parts["script"] and "Merge \"403,4,URL,/owaasp/owahttps.asp\"" in parts["script"]
         assert "net stop iisadmin /y" in parts["script"] and "iisreset" not in parts["script"] and "NOT started again" in parts["script"]
@@ -1093,7 +1093,7 @@ HOSTILE = ['a"b', "a%>b", "a%b", "%PATH%", "a&calc", "a|b", "a>b", "a^b", "a'b",
 def test_hostile_values_reach_no_script(value):
     """Quoting of cmd.exe, PowerShell, VBScript and every server: no value that it could break ever makes a rule."""
     for fields in (dict(host=value), dict(path="/" + value), dict(health="/" + value), dict(allow_hosts=(value,))):
-        if len(value) < 300 or "path" not in fields and "health" not in fields:
+        if len(value) < 300 or ("path" not in fields and "health" not in fields):
             with pytest.raises(RuleError):
                 RedirectRule(**fields)
 
@@ -1879,6 +1879,20 @@ def test_from_anywhere(tmp_path):
     finally:
         os.chmod(str(folder), 0o755)
     assert os.listdir(str(folder)) == ["owahttps.py"]
+
+
+def test_what_differs_on_windows(monkeypatch):
+    """Each difference, simulated: select()'s 512 sockets, an exclusive port, http.sys; no server here is one on Windows."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert owahttps._connection_cap() == 500
+    for number in (errno.EADDRINUSE, errno.EACCES):
+        assert "PID 4 is http.sys" in owahttps._bind_trouble(OSError(number, "in use"), "", 80)
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    with RedirectServer(("127.0.0.1", 0)) as server:
+        assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    monkeypatch.delattr(os, "geteuid", raising=False)
+    assert list(owahttps._warnings(RedirectRule(), "::", user="")) == []
 
 
 def test_output_that_cannot_be_written():
