@@ -2112,7 +2112,7 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
                 "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
         if sys.platform == "win32":
-            return where + " is in use: netstat -ano shows by what; PID 4 is http.sys (IIS): netsh http show servicestate"
+            return where + " is in use: see netstat -ano; PID 4 is http.sys (IIS): netsh http show servicestate"
         return "%s is in use: ss -ltnp 'sport = :%d' shows by what" % (where, port)
     return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
 
@@ -2430,7 +2430,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             _say("error: %s%s" % (error.strerror or error, ": %s" % error.filename if error.filename else ""))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # for the interpreter's own flush
+        try:
+            sys.stdout.flush()
+        except OSError:         # what is left would fail once more, in the interpreter's own flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 1
 
 
