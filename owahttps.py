@@ -407,7 +407,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
     """Redirects every request of one connection, by the server's `rule`.
 
     On a blocking socket, as the stock ThreadingHTTPServer has it, handle() serves the connection to its end.  On the
-    non-blocking ones of a RedirectServer it goes as far as the bytes go, and is called again when there are more.
+    non-blocking ones of a RedirectServer it goes as far as the bytes go; handle_one_request() is called for more.
     The server's `access_log` and `error_log`, where it has them, get lines by write(str).
     """
     rule = RedirectRule()       # for a server that has none

@@ -769,8 +769,8 @@ def test_an_exception_in_the_handler_costs_one_connection_and_one_line(where):
 def test_a_handler_that_closes_its_own_socket():
     """A socket that is closed behind the server's back must never end the server."""
     class Closing(RedirectHandler):
-        def handle(self):
-            super().handle()
+        def handle_one_request(self):
+            super().handle_one_request()
             if b"away" in self.buffer:
                 self.request.close()
                 self.outgoing = b"x"
