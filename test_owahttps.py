@@ -247,6 +247,13 @@ def test_answers(head, status, has):
     assert result.rest.endswith(b"\r\n\r\n") == (head[:4] in ("HEAD", "OPTI"))
 
 
+@pytest.mark.parametrize("status, phrase", [
+    (301, b"301 Moved Permanently"), (302, b"302 Found"), (307, b"307 Temporary Redirect"), (308, b"308 Permanent Redirect")])
+def test_every_status_has_its_phrase(status, phrase):
+    result = owahttps.answer(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", RedirectRule(status=status))
+    assert result.start == b"HTTP/1.1 " + phrase + b"\r\nDate: " and b"Location: https://a/exchange\r\n" in result.rest
+
+
 @pytest.mark.parametrize("size, status", [(owahttps.MAX_TARGET, 302), (owahttps.MAX_TARGET + 1, 414)])
 def test_the_longest_target(size, status):
     assert owahttps.answer(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % b"/".ljust(size, b"a"), RedirectRule()).start[9:12] == b"%d" % status
@@ -336,6 +343,18 @@ def test_warnings(monkeypatch, fields, host, says):
     monkeypatch.setattr(os, "geteuid", lambda: 0, raising=False)
     assert any("root" in line for line in owahttps._warnings(RedirectRule(), "::", user=""))
     assert not any("root" in line for line in owahttps._warnings(RedirectRule(), "::", user="nobody"))
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0 or not os.path.exists("/proc/self/status"), reason="needs root and /proc")
+def test_user_gives_root_up():
+    """After the port is bound nothing of root may be left, neither in user nor in group; an unknown user is one line."""
+    with serving("--user", "nobody") as (process, port):
+        assert b" 302 " in ask(port, get())
+        with open("/proc/%d/status" % process.pid) as file:
+            ids = re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)", file.read())
+        assert len(ids) == 2 and "0" not in ids[0] + ids[1]
+    code, out, err = run("serve", "--bind", "127.0.0.1", "--port", "0", "--user", "no-such-user")
+    assert (code, out) == (1, "") and "no-such-user" in err and err.count("\n") == 1
 
 
 def test_every_address_in_one_socket():
@@ -1715,6 +1734,14 @@ def test_selftest_passes_in_time():
     code, out, err = run("selftest")
     assert (code, err) == (0, "") and time.monotonic() - start < 5
     assert out.splitlines()[-1] == "%d checks, 0 failed" % out.count("ok   ") and "\033" not in out
+
+
+def test_the_embedded_certificate_stays_on_loopback():
+    """Everybody has its key: it must never serve another address."""
+    for address in ("0.0.0.0", "::", "192.0.2.1"):
+        with pytest.raises(RuleError) as caught:
+            owahttps.StubServer((address, 0))
+        assert address in str(caught.value)
 
 
 class WrongCertificate(owahttps.StubServer):
