@@ -18,10 +18,12 @@ owahttps.py COMMAND --help tells the rest.
 """
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import re
 import selectors
+import shlex
 import signal
 import socket
 import ssl
@@ -129,6 +131,8 @@ class RedirectRule(_RuleFields):
         for path in (rule.path, rule.health or "/"):
             if not _PATH.fullmatch(path):
                 raise RuleError("path %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /" % path)
+        if rule.health and rule.health == rule.path:
+            raise RuleError("path %a cannot be the health check too" % rule.path)
         if not 1 <= rule.https_port <= 65535:
             raise RuleError("https port %d is not in 1-65535" % rule.https_port)
         if rule.status not in (301, 302, 307, 308):
@@ -1024,7 +1028,8 @@ HOST_PATTERN = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
 ACME_PATTERN = ACME_PREFIX.replace(".", r"\.")
 TOKEN_PATTERN = "^%s([A-Za-z0-9_-]+)$" % ACME_PATTERN
 NGINX = """\
-# /etc/nginx/conf.d/owahttps.conf; let no other default_server be left: rm /etc/nginx/sites-enabled/default
+# /etc/nginx/conf.d/owahttps.conf; then: nginx -t && systemctl reload nginx
+# Let no other default_server be left: rm /etc/nginx/sites-enabled/default
 server {{
     listen {port} default_server;
     listen [::]:{port} default_server;
@@ -1043,7 +1048,8 @@ server {{
 }}
 """
 APACHE = """\
-# /etc/apache2/sites-available/owahttps.conf; a2enmod rewrite; a2dissite 000-default, which would catch everything first
+# /etc/apache2/sites-available/owahttps.conf; then: a2enmod rewrite; a2ensite owahttps; systemctl reload apache2
+# Let no other default site be left: a2dissite 000-default
 +listen Listen {port}
 <VirtualHost *:{port}>
     # Else %2F is 404.
@@ -1072,7 +1078,7 @@ APACHE = """\
 </VirtualHost>
 """
 HAPROXY = """\
-# /etc/haproxy/haproxy.cfg
+# /etc/haproxy/haproxy.cfg; where there is one already, add the frontend alone
 global
     user haproxy
     group haproxy
@@ -1696,6 +1702,8 @@ class _SiteCheck:
             if self._context(secure):
                 self._ask(secure)
                 self.found("redirection-not-needed-no-http", origin="http://%s:%d" % self.site[1:3])
+            else:
+                self.found("http-no-answer", url=self.site, error=_reason(error))
             return
         for target in ("/", self.rule.path, self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb"):
             self._follow(self.site._replace(target=target))
@@ -1905,7 +1913,7 @@ def _answers(data: bytes, request: bytes) -> str:
             found.append("Strict-Transport-Security in clear")
         if not request.startswith(b"HEAD ") and head[9:12] != "204" and head[9] != "1":
             text = text[int(fields.get("content-length", len(text))):]
-    return ", ".join(found + ["%a" % text[:60]] * bool(text)) or "closed"
+    return ", ".join(found + [text[:60]] * bool(text)) or "closed"
 
 
 def _applies(case: Case, rule: RedirectRule) -> bool:
@@ -2048,10 +2056,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """One line, with the word that was probably meant."""
-        import difflib
-        for word in re.findall(r"'([^']+)' \(choose|(?:arguments: |choice: )?(--[^ =]+)", message)[:1]:
-            near = difflib.get_close_matches("".join(word), self.words, 1)
+        wrong = re.search(r"invalid choice: '([^']+)'|unrecognized arguments: (--[^ =]+)", message)
+        if wrong:
+            near = difflib.get_close_matches(wrong.group(1) or wrong.group(2), self.words, 1)
             message = message.partition(" (choose")[0] + (": did you mean %s?" % near[0] if near else "")
+            if wrong.group(2) in self.words:
+                message = "%s does not belong there" % wrong.group(2)
         self.exit(self.usage_exit, "%s: %s (--help lists what there is)\n" % (self.prog, message))
 
 
@@ -2067,27 +2077,33 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError("%a is not a number from 1 on" % text)
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]+)?", text) or not float(text):
         raise argparse.ArgumentTypeError("%a is not a number of seconds (0.1 to 9999)" % text)
     return float(text)
 
 
-def _add_rule(parser: argparse.ArgumentParser, exemptions: bool = True) -> None:
+def _add_rule(parser: argparse.ArgumentParser, without: Tuple[str, ...] = ()) -> None:
     """The rule's options; one that is not given is not set, so that its default stands in RedirectRule alone."""
     group, default = parser.add_argument_group("the rule"), RedirectRule()
 
     def add(option: str, text: str, **settings: Any) -> None:
-        group.add_argument(option, help=text, default=argparse.SUPPRESS, **settings)
+        if option not in without:
+            group.add_argument(option, help=text, default=argparse.SUPPRESS, **settings)
     add("--path", "where everybody lands (%s)" % default.path)
     add("--keep-path", "keep the path and query of the request instead", action="store_true")
     add("--host", "lead to this name instead of the requested one", metavar="NAME")
     add("--https-port", "lead to this port (%d)" % default.https_port, type=_port, metavar="PORT")
     add("--status", "301, 302, 307 or 308 (%d)" % default.status, type=int, metavar="CODE")
     add("--allow-host", "redirect this name only; may be repeated", dest="allow_hosts", action="append", metavar="NAME")
-    if exemptions:
-        add("--acme-dir", "serve ACME http-01 token files from here", metavar="DIR")
-        add("--health", "answer 200 here, for health checks", metavar="PATH")
+    add("--acme-dir", "serve ACME http-01 token files from here", metavar="DIR")
+    add("--health", "answer 200 here, for health checks", metavar="PATH")
 
 
 def _say(text: str) -> None:
@@ -2106,7 +2122,7 @@ def _line(verdict: str, *columns: str) -> None:
 
 def _bind_trouble(error: OSError, host: str, port: int) -> str:
     """Why a listener cannot bind, and what to do: facts of the platforms, one line."""
-    where = "%s port %d" % (host or "every address", port)
+    where = "port %d on %s" % (port, host or "every address")
     if error.errno == errno.EACCES and sys.platform != "win32":
         return ("may not bind %s: give it a systemd unit with AmbientCapabilities=CAP_NET_BIND_SERVICE, or "
                 "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
@@ -2132,8 +2148,11 @@ def _connection_cap() -> int:
 
 def _drop_to(user: str) -> None:
     """Become this user, for good."""
-    import pwd
-    entry = pwd.getpwnam(user)
+    try:
+        import pwd
+        entry = pwd.getpwnam(user)
+    except (ImportError, KeyError):
+        raise Failure("there is no user %a here" % user) from None
     os.initgroups(user, entry.pw_gid)
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
@@ -2153,6 +2172,8 @@ def command_serve(args: argparse.Namespace) -> int:
     rule = RedirectRule(**_rule_fields(args))
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
         raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
+    if rule.https_port == args.port:
+        raise RuleError("--https-port %d is the port of plain HTTP: a loop" % rule.https_port)
     for fd, name in enumerate(("stdin", "stdout", "stderr")):   # a closed one would become a socket's, and get the log
         try:
             os.fstat(fd)
@@ -2161,7 +2182,7 @@ def command_serve(args: argparse.Namespace) -> int:
             if fd == 1:
                 _say("standard output is closed: no access log")
     try:
-        server = RedirectServer((args.bind, args.port), rule=rule,
+        server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
                                 max_connections=args.max_connections or _connection_cap())
     except OSError as error:
         raise Failure(_bind_trouble(error, args.bind, args.port)) from None
@@ -2169,8 +2190,10 @@ def command_serve(args: argparse.Namespace) -> int:
         if args.user:
             try:
                 _drop_to(args.user)
-            except (ImportError, KeyError, OSError) as error:
-                raise Failure("cannot become user %a: %s" % (args.user, error)) from None
+            except OSError as error:
+                raise Failure("cannot become user %a: %s" % (args.user, error.strerror)) from None
+        if rule.acme_dir and not os.access(rule.acme_dir, os.R_OK | os.X_OK):
+            raise Failure("--acme-dir %a cannot be read%s" % (rule.acme_dir, args.user and " by user " + args.user))
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda *_: server.stop())
@@ -2194,6 +2217,8 @@ def command_serve(args: argparse.Namespace) -> int:
 
 def _write_files(folder: str, parts: List[Part]) -> None:
     """Write the parts that are files, but never over a file that says something else."""
+    if not os.path.isdir(folder):
+        raise Failure("--write %a is not a folder" % folder)
     for part in parts:
         if part.file:
             path, data = os.path.join(folder, part.file), part.text.replace("\n", part.newline).encode("ascii")
@@ -2253,7 +2278,11 @@ def command_selftest(args: argparse.Namespace) -> int:
         if _rule_fields(args):
             raise RuleError("the rule options describe the server that --against names")
         return _report(try_ourselves(), args.quiet)
-    site = parse_url(args.against)
+    site = _site(args.against)
+    try:
+        socket.create_connection((site.name.strip("[]"), site.port), 5).close()
+    except OSError as error:
+        raise Failure("%s gives no answer: %s" % (site, _reason(error))) from None
     return _report(try_cases((site.name.strip("[]"), site.port), RedirectRule(**_rule_fields(args))), args.quiet)
 
 
@@ -2315,14 +2344,15 @@ def command_demo(args: argparse.Namespace) -> int:
         url = last.origin = "http://localhost:%d" % server.server_address[1]
         last.rule = rule
         with running(server):
-            what = "answers 403.4, as IIS does" if args.before else "-> " + rule.location("localhost", "/")
-            print("%s/  %s" % (url, what), flush=True)
+            print("%s/  %s %s" % (url, "answers 403.4, as IIS does; the page is at" if args.before else "->",
+                                  rule.location("localhost", "/")), flush=True)
             if not args.cert:
-                _say("browsers warn of the demo's certificate; curl -iL --cacert %s %s/" % (__file__, url))
+                _say("browsers warn of the demo's certificate; curl -iL --cacert %s %s/" % (shlex.quote(__file__), url))
             _say("Ctrl-C ends it")
             if args.open:
                 import webbrowser
-                webbrowser.open(url + "/")
+                if not webbrowser.open(url + "/"):
+                    _say("no browser found: open %s/ in yours" % url)
             while not over.wait(0.5):       # Windows would not let Ctrl-C through a wait without an end
                 pass
     return 0
@@ -2346,8 +2376,8 @@ examples:
   owahttps.py serve --port 8080 --keep-path --status 308""")
     command.add_argument("--bind", metavar="ADDR", default="", help="listen on this address (all, IPv6 and IPv4)")
     command.add_argument("--port", type=_port, default=80, help="listen on this port (80); 0: a free one")
-    command.add_argument("--user", metavar="NAME", help="become this user once the port is bound")
-    command.add_argument("--max-connections", type=int, metavar="N", help="cap (from the file descriptor limit)")
+    command.add_argument("--user", metavar="NAME", default="", help="become this user once the port is bound")
+    command.add_argument("--max-connections", type=_count, metavar="N", help="cap (from the file descriptor limit)")
     command.add_argument("--quiet", action="store_true", help="no access log")
     _add_rule(command)
 
@@ -2366,7 +2396,7 @@ examples:
     command.add_argument("--write", metavar="DIR", help="write the files there instead, never over one that differs")
     command.add_argument("--method", choices=("redirect", "403.4"), default="redirect",
                          help="Exchange 2007 and later: Microsoft's HTTP Redirect, or the article's 403.4 (redirect)")
-    command.add_argument("--site", type=int, default=1, metavar="N", help="IIS 5 and 6: the Web site's number (1)")
+    command.add_argument("--site", type=_count, default=1, metavar="N", help="IIS 5 and 6: the Web site's number (1)")
     command.add_argument("--http-port", type=_port, default=80, metavar="PORT", help="the port of plain HTTP (80)")
     _add_rule(command)
 
@@ -2388,12 +2418,13 @@ examples:
     command.add_argument("targets", metavar="TARGET", nargs="+", help="host name, host:port or http URL")
     command.add_argument("--ca-file", metavar="FILE", default="", help="trust these authorities, not the system's")
     command.add_argument("--connect", metavar="HOST:PORT", default="", help="ask there, for the same name")
-    command.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 alone")
-    command.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 alone")
+    either = command.add_mutually_exclusive_group()
+    either.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 alone")
+    either.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 alone")
     command.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each request (10)")
     command.add_argument("--json", action="store_true", help="one JSON object a target")
     command.add_argument("--quiet", action="store_true", help="print warnings and worse alone")
-    _add_rule(command, exemptions=False)
+    _add_rule(command, without=("--allow-host", "--acme-dir", "--health"))
 
     command = add("demo", command_demo, "Show the redirect in a browser, on this machine alone.", """\
 examples:
@@ -2404,7 +2435,7 @@ examples:
     command.add_argument("--before", action="store_true", help="answer plain HTTP as IIS does before the cure")
     command.add_argument("--cert", metavar="FILE", default="", help="your own certificate for the stub")
     command.add_argument("--key", metavar="FILE", default="", help="and its key, if that is another file")
-    _add_rule(command)
+    _add_rule(command, without=("--host", "--allow-host", "--acme-dir", "--health"))
     return parser
 
 
@@ -2434,7 +2465,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             sys.stdout.flush()
         except OSError:         # what is left would fail once more, in the interpreter's own flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 1
+    return 3 if usage_exit == 3 else 1
 
 
 if __name__ == "__main__":

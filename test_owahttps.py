@@ -314,8 +314,11 @@ def test_serve_tells_where_and_logs_in_combined_format():
     (["generate", "--status", "301"], 2, "301"), (["generate", "--allow-host", "a"], 2, "--allow-host"), (["generate", "--path", "/"], 2, "virtual directory"),
     (["generate", "exchange2019"], 2, "--host"), (["generate", "exchange2007", "--host", "a", "--status", "308"], 2, "308|301 or 302 or 307"),
     (["generate", "haproxy", "--acme-dir", "/a"], 2, "HAProxy serves no files"), (["generate", "nginx", "--acme-dir", "a"], 2, "--acme-dir"),
-    (["generate", "nginx", "--asp"], 2, "no such part"), (["generate", "--write", "/no/such"], 1, "/no/such"), (["selftest", "--path", "/x"], 2, "--against"),
-    (["selftest", "--against", "nonsense"], 2, "nonsense"), (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
+    (["generate", "nginx", "--asp"], 2, "no such part"), (["generate", "--write", "/no/such"], 1, "'/no/such' is not a folder"), (["selftest", "--path", "/x"], 2, "--against"),
+    (["selftest", "--against", "non sense"], 2, "non sense"), (["selftest", "--against", "http://127.0.0.1:1"], 1, "gives no answer"),
+    (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--max-connections", "0"], 2, "'0'"), (["serve", "--health", "/exchange"], 2, "health"),
+    (["serve", "--user", "no-such-user", "--bind", "127.0.0.1", "--port", "0"], 1, "no-such-user"), (["--quiet", "serve"], 2, "does not belong"),
+    (["demo", "--host", "a"], 2, "--host"), (["check", "--health", "/x", "a"], 3, "--health"), (["check", "-4", "-6", "a"], 3, "-4"), (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
     (["check", "a", "--ca-file", "/no/such"], 3, "/no/such"), (["check", "--tmieout", "3", "a"], 3, "--timeout"), (["demo", "--cert", "/no/such"], 2, "/no/such")])
 def test_errors_are_one_line(argv, code, says):
     got, out, err = run(*argv)
@@ -1374,7 +1377,7 @@ SITE_CASES = [
     Case("no answer over https", "domain.tls.cannot_connect redirection-to-https", 2, secure=None),
     Case("plain HTTP over https", "domain.tls.cannot_connect redirection-to-https", 2, certificate=""),
     Case("only https", "redirection-not-needed-no-http", 0, None, options="--https-port SECURE"),
-    Case("nothing at all", "domain.tls.cannot_connect", 2, None, None, options="--https-port SECURE"),
+    Case("nothing at all", "domain.tls.cannot_connect http-no-answer", 2, None, None, options="--https-port SECURE"),
     Case("a redirect to nowhere", "domain.tls.cannot_connect redirection-off-host-from-http", 2,
          to("https://nowhere.invalid/")),
     Case("a name that no DNS has", "host-unknown", 3, target="nowhere.invalid"),
@@ -1683,7 +1686,8 @@ def test_every_address_counts(certificates: Any, monkeypatch: Any) -> None:
     with Site(Case("", "", 0, IIS5), certificates) as site:
         report = owahttps.check("two.invalid:%d" % site.plain.port, seconds=2)
         assert {(finding.id, finding.text[-14:]) for finding in report.findings} == {
-            ("iis-403.4", "[at 127.0.0.1]"), ("domain.tls.cannot_connect", "[at 127.0.0.2]")}
+            ("iis-403.4", "[at 127.0.0.1]"), ("domain.tls.cannot_connect", "[at 127.0.0.2]"),
+                ("http-no-answer", "[at 127.0.0.2]")}
 
 
 @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EAFNOSUPPORT])
@@ -1803,7 +1807,7 @@ def test_size_is_a_feature():
     assert len(lines) <= CAP and max(map(len, lines)) <= 120
 
 
-CAP = 2450
+CAP = 2480
 
 
 def test_nothing_is_used_before_it_is_defined():
@@ -1862,6 +1866,20 @@ def test_the_readmes_commands_and_options_exist():
     for line in re.findall(r"(?m)^\$ .*owahttps\.py (.*?)(?: *#.*| &| >.*)?$", text):
         words = line.split()
         assert {word for word in words if word.startswith("--")} <= every[words[0]], line
+
+
+def test_the_readmes_fail2ban_filter(tmp_path):
+    """It must match a hostile request, and never the neighbour who only came to the wrong door."""
+    if not find("fail2ban-regex"):
+        pytest.skip("no fail2ban here")
+    (tmp_path / "owahttps.conf").write_text(re.search(r"(?s)```ini\n(\[Definition\].*?)```", readme()).group(1))
+    with serving() as (process, port):
+        for request in (get(host="a@b"), get(fields="X: a\0b\r\n"), get(fields="X-Forwarded-Proto: https\r\n"), "\x16\x03\x01"):
+            ask(port, request)
+        lines = [process.stderr.readline() for _ in range(4 + (os.geteuid() == 0))]
+    (tmp_path / "err.log").write_bytes(b"".join(lines))
+    done = subprocess.run(["fail2ban-regex", str(tmp_path / "err.log"), str(tmp_path / "owahttps.conf")], stdout=subprocess.PIPE)
+    assert b" 2 matched" in done.stdout, done.stdout.decode()
 
 
 def test_the_readme_names_what_servers_do_otherwise():
