@@ -231,7 +231,7 @@ def test_the_answer_to_the_byte():
 
 
 @pytest.mark.parametrize("head, status, has", [
-    ("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"Content-Length: 1"), ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204, b"Allow: GET, HEAD"),
+    ("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"Content-Length: 1"), ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204, b"Server: owahttps\r\nAllow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n\r\n"),
     ("TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 405, b"Allow: GET, HEAD"), ("GET / HTTP/1.0\r\nHost: a\r\n\r\n", 302, b"Connection: close"),
     ("GET / HTTP/1.2\r\nHost: a\r\n\r\n", 302, b"Location: https://a/"), ("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: HTTPS, http\r\n\r\n", 421, b"redirect loop"),
     ("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: http, https\r\n\r\n", 302, b"Location: https://a/"), ("GET / HTTP/1.1\r\nhOST:a \t\r\n\r\n", 302, b"https://a/"),
