@@ -168,6 +168,7 @@ PHRASES = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found",
            505: "HTTP Version Not Supported"}
 PAGE = "<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{text}\n"
 MOVED = 'This object may be found <a href="%s">here</a>.'
+NO_NAME = "not one server name and port in Host or target"
 LOOP = ("redirect loop: X-Forwarded-Proto says that a proxy already speaks HTTPS and sends its traffic here; "
         "send HTTPS to the application, and plain HTTP alone to this redirect")
 
@@ -209,13 +210,6 @@ class Answer(NamedTuple):
     token: str          # the ACME token whose file is wanted, if there is such a file
 
 
-def _one_server_name(authority: str) -> str:
-    try:
-        return server_name(authority)
-    except HostError:
-        raise Refusal(400, "not one server name and port in Host or target") from None
-
-
 def _has_body(fields: Dict[str, str]) -> bool:
     """Whether a request's fields announce a body; raises Refusal where they contradict each other (RFC 9112 §6.3)."""
     length = fields.get("content-length", "0")
@@ -227,15 +221,15 @@ def _has_body(fields: Dict[str, str]) -> bool:
 
 
 def _target(method: str, target: str, minor: str, fields: Dict[str, str]) -> Tuple[str, str]:
-    """Server name ("": none was sent) and request target (path and query, or "*") of a request; raises Refusal."""
+    """Server name ("": none was sent) and request target (path and query, or "*"); raises Refusal or HostError."""
     if "host" not in fields and minor != "0":
         raise Refusal(400, "no Host field")
-    name = _one_server_name(fields["host"]) if "host" in fields else ""
+    name = server_name(fields["host"]) if "host" in fields else ""
     if method in ("CONNECT", "TRACE"):
         raise Refusal(405, "method " + method)
     absolute = _ABSOLUTE_FORM.fullmatch(target)
     if absolute:        # RFC 9112 §3.2.2: its authority goes before the Host field
-        name, target = _one_server_name(absolute.group(1)), absolute.group(2)
+        name, target = server_name(absolute.group(1)), absolute.group(2)
         target = target if target.startswith("/") else "/" + target
     if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
         raise Refusal(400, "request target is not a path")
@@ -287,8 +281,8 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
         elif not rule.health or path != rule.health:
             status, location = rule.status, _redirect(name, target, fields, rule)
             body = PAGE.format(title="Object moved", text=MOVED % escape(location))
-    except Refusal as refused:
-        status, refusal = refused.args
+    except (Refusal, HostError) as refused:
+        status, refusal = refused.args if isinstance(refused, Refusal) else (400, NO_NAME)
         close = unread = True
         body = PAGE.format(title="%d %s" % (status, PHRASES[status]), text=refusal)
     rest = "\r\nServer: owahttps\r\n"
