@@ -1841,21 +1841,10 @@ ACME token [acme_dir]                        | 200 |
 ACME token that is none [acme_dir]           | 404 |
     GET /.well-known/acme-challenge/../a-Token_1 HTTP/1.1$HOST$&
 ACME token through a symbolic link [acme_dir] | 404             | GET /.well-known/acme-challenge/link HTTP/1.1$HOST$&
-Host with '@'                                | 400             | GET / HTTP/1.1$Host: mail.example.com@evil.example$&
-Host with '#'                                | 400             | GET / HTTP/1.1$Host: mail.example.com#evil.example$&
-Host with '?'                                | 400             | GET / HTTP/1.1$Host: mail.example.com?evil.example$&
-Host with a backslash                        | 400             | GET / HTTP/1.1$Host: mail.example.com\\evil.example$&
-Host with '/'                                | 400             | GET / HTTP/1.1$Host: mail.example.com/evil.example$&
-Host with ','                                | 400             | GET / HTTP/1.1$Host: mail.example.com,evil.example$&
-Host with '%'                                | 400             | GET / HTTP/1.1$Host: mail.example.com%evil.example$&
-Host with ' '                                | 400             | GET / HTTP/1.1$Host: mail.example.com evil.example$&
-Host with '"'                                | 400             | GET / HTTP/1.1$Host: mail.example.com"evil.example$&
-Host with "'"                                | 400             | GET / HTTP/1.1$Host: mail.example.com'evil.example$&
-Host with '<'                                | 400             | GET / HTTP/1.1$Host: mail.example.com<evil.example$&
-Host that begins with '_'                    | 400             | GET / HTTP/1.1$Host: _mail.example.com$&
-Host that begins with '-'                    | 400             | GET / HTTP/1.1$Host: -mail.example.com$&
-Host that begins with '.'                    | 400             | GET / HTTP/1.1$Host: .mail.example.com$&
-"""
+""" + "".join("Host %s '%s' | 400 | GET / HTTP/1.1$Host: %s%s%s$&\n" % (
+    "with" if before else "that begins with", char, before, char.replace("\\", r"\\"), after)
+    for chars, before, after in (("@#?\\/,% \"'<", "mail.example.com", "evil.example"), ("_-.", "", "mail.example.com"))
+    for char in chars)
 
 
 class Case(NamedTuple):
