@@ -390,14 +390,11 @@ def _dates(now: int) -> Tuple[bytes, str]:
 
 def read_token(folder: str, token: str) -> Optional[bytes]:
     """The ACME token's file in this folder; None unless that is a regular file of exactly this name, and no link."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name == token and entry.is_file(follow_symlinks=False):
-                    with open(entry.path, "rb") as file:
-                        return file.read(64 * 1024)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name == token and entry.is_file(follow_symlinks=False):
+                with open(entry.path, "rb") as file:
+                    return file.read(64 * 1024)
     return None
 
 
@@ -1677,13 +1674,11 @@ class _SiteCheck:
 
     def _try_forged_host(self) -> None:
         """RFC 9110 §7.2: a Host that is no host must not come back in a Location."""
-        try:
+        with contextlib.suppress(OSError, ValueError):
             response = fetch(self.site, self.address, None, self.site.name + "@forged.invalid", self.seconds)
-        except (OSError, ValueError):
-            return
-        location = response.field("location") or ""
-        if "forged.invalid" in location:
-            self.found("host-reflected", url=self.site, location=location)
+            location = response.field("location") or ""
+            if "forged.invalid" in location:
+                self.found("host-reflected", url=self.site, location=location)
 
     def run(self) -> None:
         try:
