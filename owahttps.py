@@ -477,7 +477,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
             if result.refusal:
                 self.log_error("refused: %s", result.refusal)
             self.close_connection, self.unread = result.close or self.last, result.unread
-        self.buffer, self.outgoing, self.more = buffer, b"".join(answers), len(answers) == self.answers_at_once
+        self.buffer, self.outgoing = buffer, b"".join(answers)
+        self.more = len(answers) == self.answers_at_once and not self.close_connection
         if answers or self.idle:
             self.idle = not buffer
             self.deadline = time.monotonic() + (self.idle_seconds if self.idle else self.head_seconds)

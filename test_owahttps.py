@@ -553,6 +553,19 @@ def test_pipelined_requests_are_answered_in_order(count):
         assert len(server.access_log) == count + 1
 
 
+@pytest.mark.parametrize("before", (0, 30, 31, 32))
+def test_a_body_after_pipelined_requests(before):
+    """Whatever its place in the pipeline, a request with a body must never have its answer torn by a reset."""
+    with listening() as server, contextlib.closing(connect(
+            server, KEEP % 1 * before + b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")) as sock:
+        select.select([sock], [], [], 5)
+        with contextlib.suppress(OSError):
+            for _ in range(10):
+                sock.sendall(b"x" * 100000)
+                select.select([], [], [], 0.002)
+        assert statuses(read_all(sock)) == [b"302"] * (before + 1)
+
+
 @pytest.mark.parametrize("start, status", [
     (b"", b"414"), (b"GET /", b"414"), (b"\r\n", b"431"), (b"GET / HTTP/1.1\r\nHost: ", b"431"), (b"GET / HTTP/1.1\r\nX: ", b"431")])
 def test_a_million_bytes_without_a_line_end(start, status):
