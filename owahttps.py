@@ -336,10 +336,9 @@ class Log:
         self._thread.start()
 
     def write(self, line: str) -> None:
-        waiting = len(self.lines)
-        if waiting < self.WAITING:
+        if len(self.lines) < self.WAITING:
             self.lines.append(line)
-            if not waiting:
+            if not self._more.is_set():     # asked after the append: the thread clears it before it looks
                 self._more.set()
         else:
             self.lost += 1
@@ -349,9 +348,9 @@ class Log:
         while self.lines or not self._closing.is_set():
             if not self.lines:
                 self._more.wait()
-            self._more.clear()
             if len(self.lines) < self.AT_ONCE:
                 self._closing.wait(self.SECONDS)
+            self._more.clear()
             self.under_way = min(len(self.lines), self.AT_ONCE)
             lines = [self.lines.popleft() for _ in range(self.under_way)]
             data = ("\n" * faulty + "".join(lines)).encode("ascii", "backslashreplace")     # ends a line that was torn

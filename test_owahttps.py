@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from collections import deque
 from http.server import HTTPServer
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 from urllib.parse import urlsplit
@@ -858,6 +859,29 @@ def test_a_log_reader_that_stalls_costs_lines_and_they_are_counted():
     lines = b"".join(chunks).decode().split("\n")
     assert lines[-2:] == ["last", ""] and all(re.match("line [0-9]+ x{40}$", line) for line in lines[:-2])
     assert len(lines) - 1 + sum(int(re.match("([0-9]+) lines of the log were lost", text).group(1)) for text in told) == 40001
+
+
+def test_a_line_at_the_wrong_moment_never_puts_the_log_to_sleep():
+    """The log's thread may empty the queue between any two steps of write(): the next line must wake it all the same."""
+    class Lines(deque):
+        def __len__(self):
+            length = super().__len__()
+            if threading.current_thread() is threading.main_thread() and length:
+                wait_until(lambda: not super(Lines, self).__len__())
+            return length
+
+        def __bool__(self):
+            return deque.__len__(self) > 0
+    reader, writer = os.pipe()
+    log = owahttps.Log(writer, print)
+    log.lines = Lines()
+    for line in ("one\n", "two\n", "three\n"):
+        log.write(line)
+    assert wait_until(lambda: not log.lines)
+    log.close()
+    assert os.read(reader, 999) == b"one\ntwo\nthree\n"
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_log_reader_that_stalls_to_the_end():
