@@ -124,9 +124,10 @@ class RedirectRule(_RuleFields):
 
     def __new__(cls, *args: Any, **fields: Any) -> "RedirectRule":
         rule = super().__new__(cls, *args, **fields)
-        names = [server_name(name) for name in (rule.host,) + tuple(rule.allow_hosts) if name]
-        for name in (rule.host,) + tuple(rule.allow_hosts):
-            if name.rpartition("]")[2].count(":"):
+        given = (rule.host,) * bool(rule.host) + tuple(rule.allow_hosts)
+        names = [server_name(name) for name in given]
+        for name in given:
+            if ":" in name.rpartition("]")[2]:
                 raise HostError("%a has a port: a rule's host is a name alone" % name)
         for path in (rule.path, rule.health or "/"):
             if not _PATH.fullmatch(path):
@@ -139,6 +140,10 @@ class RedirectRule(_RuleFields):
             raise RuleError("status %d is not one of 301, 302, 307, 308" % rule.status)
         return super().__new__(cls, rule.path, names[0] if rule.host else "", rule.https_port, rule.status,
                                rule.keep_path, tuple(names) if rule.allow_hosts else (), rule.health, rule.acme_dir)
+
+    @classmethod
+    def _make(cls, fields: Iterable[Any]) -> "RedirectRule":    # type: ignore  # _replace() goes through it
+        return cls(*fields)
 
     def authority(self, name: str) -> str:
         """Host and port of the redirect's target, for a request for this server name."""

@@ -131,9 +131,11 @@ def test_server_name_refuses(authority):
     (dict(path="exchange"), "path 'exchange'"), (dict(path=""), "path ''"), (dict(path="/a b"), "path '/a b'"), (dict(path='/"'), "path"),
     (dict(path="/%20"), "path"), (dict(path="/a?b"), "path"), (dict(path="/a\n"), "path"), (dict(path="/\xe9"), "path '/\\xe9'"),
     (dict(host="a b"), "'a b'"), (dict(host="https://a"), "'https://a'"), (dict(host="a:443"), "port"), (dict(host="[::1]:443"), "port"),
-    (dict(allow_hosts=("a", "b:80")), "'b:80'"), (dict(allow_hosts=("a@b",)), "'a@b'"), (dict(status=303), "303"), (dict(status=200), "200"),
+    (dict(allow_hosts=("a", "b:80")), "'b:80'"), (dict(allow_hosts=("a@b",)), "'a@b'"), (dict(allow_hosts=("",)), "''"), (dict(status=303), "303"), (dict(status=200), "200"),
     (dict(https_port=0), "0"), (dict(https_port=65536), "65536"), (dict(health="health"), "'health'")])
 def test_a_rule_that_cannot_be(fields, says):
+    with pytest.raises(RuleError):
+        RedirectRule()._replace(**fields)
     with pytest.raises(RuleError) as caught:
         RedirectRule(**fields)
     assert says in str(caught.value) and "\n" not in str(caught.value)
