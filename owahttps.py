@@ -452,7 +452,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 self.outgoing = self.outgoing[self.request.send(self.outgoing):]
             if self.close_connection and not self.outgoing:
                 self._close()
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             pass
         except OSError:         # the client is gone, or too slow for a blocking socket
             self.over = True
@@ -585,8 +585,7 @@ class RedirectServer(_HTTPServer):
 
     def _wind_up(self) -> None:
         """Accept who has come so far, then no more, and let requests that are under way end."""
-        for _ in range(self.request_queue_size // 16):
-            self._accept()
+        all(self._accept() for _ in range(self.request_queue_size // 16))
         self._selector.unregister(self.socket)
         self.socket.close()
         for handler in self._connections:
@@ -622,28 +621,32 @@ class RedirectServer(_HTTPServer):
                     handler.log_error("refused: no whole request head in %g seconds", handler.head_seconds)
                 self._drop(handler)
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take up to 16 clients; whether there may be more."""
         for _ in range(16):
             try:
                 request, client_address = self.get_request()
-            except (BlockingIOError, InterruptedError, ConnectionError):
-                return
+            except (BlockingIOError, ConnectionError):
+                return False
             except OSError:         # out of file descriptors or memory
                 if self._connections:
                     self._drop(next(iter(self._connections)))
                 else:
                     time.sleep(0.1)         # nobody else waits, and a turn without rest would spin
-                return
-            if self.verify_request(request, client_address):
-                self.process_request(request, client_address)
+                return False
+            try:
+                if self.verify_request(request, client_address):
+                    self.process_request(request, client_address)
+                else:
+                    self.close_request(request)
+            except Exception:
+                self.handle_error(request, client_address)
+                self.close_request(request)
+        return True
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        try:
-            request.setblocking(False)
-            self._settle(self.RequestHandlerClass(request, client_address, self))   # type: ignore
-        except Exception:
-            self.handle_error(request, client_address)
-            self.close_request(request)
+        request.setblocking(False)
+        self._settle(self.RequestHandlerClass(request, client_address, self))   # type: ignore
 
     def _settle(self, handler: RedirectHandler) -> None:
         """See to it that the selector waits for what this handler waits for."""

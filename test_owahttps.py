@@ -804,6 +804,30 @@ def test_an_exception_in_the_handler_costs_one_connection_and_one_line(where):
         del RedirectServer.broken
 
 
+@pytest.mark.parametrize("verdict", (False, ZeroDivisionError()))
+def test_a_client_that_is_not_verified_is_closed(verdict):
+    """verify_request() may say no, or raise, as in socketserver: that must never end the server nor leak the socket."""
+    def verify(request, client_address):
+        if isinstance(verdict, Exception):
+            raise verdict
+        return verdict
+    with listening() as server:
+        server.verify_request = verify
+        assert b"302" not in fetch_all(server)
+        del server.verify_request
+        assert is_whole(fetch_all(server)) and len(server.error_log) == isinstance(verdict, Exception)
+
+
+def test_a_stop_without_file_descriptors_does_not_wait():
+    with listening() as server:
+        def get_request():
+            raise OSError(errno.EMFILE, "Too many open files")
+        server.get_request = get_request
+        start = time.monotonic()
+        server.shutdown()
+        assert time.monotonic() - start < 2
+
+
 def test_a_handler_that_closes_its_own_socket():
     """A socket that is closed behind the server's back must never end the server."""
     class Closing(RedirectHandler):
