@@ -788,7 +788,7 @@ STEPS = {
 16. At a command prompt, type: net stop iisadmin /y   (or restart the server instead)
     Note which services it stops: with Exchange 2000, all Exchange services stop together with IIS.
 17. Start every service that was stopped.
-18. Test: http://HOST{path} must land on {url}
+18. Test: http://HOST{colon_port}{path} must land on {url}
 """,
     "redirect": """\
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
@@ -970,7 +970,7 @@ move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
 rem The Owaasp directory stays, and so does the permission to run ASP.
 """ + RESTART}
 VERIFY = """\
-From another machine: python3 owahttps.py check {host}{check_options}
+From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
 By https, as before: {still}.
 """
 STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
@@ -1010,6 +1010,7 @@ def exchange(name: str, rule: RedirectRule, http_port: int, method: str, site: i
         allow_asp="cscript //nologo %windir%\\system32\\iisext.vbs /EnFile %windir%\\system32\\inetsrv\\asp.dll\n"
                   if "P" in marks else "",
         page="".join("::a %s\n" % line for line in page.splitlines()), check_options=options(rule),
+        colon_port="" if http_port == 80 else ":%d" % http_port,
         still="Public, OMA, ActiveSync, Exchange System Manager" if method == "article" else
               "OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell (PowerShell)")
     values["error_page"] = ('>"%s" echo ^<meta http-equiv="refresh" content="0;url=%s"^>^<a href="%s"^>%s^</a^>\n'

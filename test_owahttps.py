@@ -1141,6 +1141,8 @@ def test_the_articles_steps():
                   "403.4", "Message Type", "URL", "/owaasp/owahttps.asp", "Directory Security", "Secure Communications", "Edit", "Require 128-bit encryption",
                   "Require secure channel (SSL)", "net stop iisadmin /y", "SERVER_PORT and SERVER_NAME", "Only the Exchange folder"):
         assert label in out, label
+    other = run("generate", "--http-port", "8080")[1]
+    assert "http://HOST:8080/exchange" in other and "owahttps.py check HOST:8080\n" in other
     assert "owa folder" in run("generate", "--steps", "--path", "/owa")[1] and "SSL for all incoming" not in out
 
 
