@@ -1333,8 +1333,8 @@ Connection: close\r
 MAX_HOPS = 5
 MAX_ANSWER = 64 * 1024      # bytes that are read of one response
 HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
-SEVERITIES = ("ok", "note", "warning", "unknown", "critical")
-EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "critical": 2, "unknown": 3}    # the monitoring world's
+EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "unknown": 3, "critical": 2}    # the monitoring world's; mildest first
+SEVERITIES = list(EXIT_CODES)
 # What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), then what
 # was seen and what to do.
 _FINDING = r"(?m)^(\w+) +(\S+): (.*(?:\n .*)*)"
@@ -1425,6 +1425,11 @@ class Report(NamedTuple):
     findings: List[Finding]
 
 
+def _finding(id: str, **values: Any) -> Finding:
+    severity, text = FINDINGS[id]
+    return Finding(id, severity, text.format(**{key: _log_escape(str(value)[:300]) for key, value in values.items()}))
+
+
 def parse_url(text: str) -> Url:
     """An absolute http or https URL; ValueError where a strict reader would refuse it."""
     match = re.fullmatch(r"(?i)(https?)://([^/?#]*)([!-~]*)", text)
@@ -1500,17 +1505,17 @@ class _SiteCheck:
                  seconds: float) -> None:
         self.site, self.address, self.expected, self.trust, self.seconds = site, address, expected, trust, seconds
         self.rule = RedirectRule(**expected)
-        self.findings: OrderedDict[Finding, None] = OrderedDict()
+        self.findings: List[Finding] = []
         self.hops: List[Hop] = []
         self._answers: Dict[Url, Optional[Response]] = {}
         self._contexts: Dict[Tuple[str, int], Optional[ssl.SSLContext]] = {}
 
     def found(self, id: str, **values: Any) -> None:
         """Add a finding; what is fine is said once, what is not for every URL."""
-        severity, text = FINDINGS[id]
-        if severity not in ("ok", "note") or id not in (finding.id for finding in self.findings):
-            values = {key: _log_escape(str(value)[:300]) for key, value in values.items()}
-            self.findings[Finding(id, severity, text.format(**values))] = None
+        finding = _finding(id, **values)
+        if finding not in self.findings and (finding.severity not in ("ok", "note")
+                                             or id not in (other.id for other in self.findings)):
+            self.findings.append(finding)
 
     def _address(self, url: Url) -> Tuple[str, int]:
         if url.name != self.site.name:
@@ -1731,24 +1736,23 @@ def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str =
     """
     site = _site(target)
     ask = _site(connect) if connect else site
-    findings: OrderedDict[Finding, None] = OrderedDict()
+    findings: List[Finding] = []
     hops: List[Hop] = []
     try:
         infos = socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)
-        addresses = {info[4][:2] for info in infos}
     except OSError as error:
-        addresses = set()
-        severity, text = FINDINGS["host-unknown"]
-        findings[Finding("host-unknown", severity, text.format(host=ask.name, error=_reason(error)))] = None
+        finding = _finding("host-unknown", host=ask.name, error=_reason(error))
+        return Report(target, finding.severity, [], [finding])
+    addresses = {info[4][:2] for info in infos}
     for host, port in sorted(addresses):
         probe = _SiteCheck(site, (str(host), int(port)), expected or {}, trust or {}, seconds)
         probe.run()
         hops += probe.hops
         for finding in probe.findings:
             where = " [at %s]" % host if len(addresses) > 1 and finding.severity != "ok" else ""
-            findings[finding._replace(text=finding.text + where)] = None
-    worst = max((finding.severity for finding in findings), key=SEVERITIES.index)
-    return Report(target, worst, hops, list(findings))
+            if where or finding not in findings:
+                findings.append(finding._replace(text=finding.text + where))
+    return Report(target, max((finding.severity for finding in findings), key=SEVERITIES.index), hops, findings)
 
 
 # ---- The self-test ---------------------------------------------------------------------------------------------------
