@@ -1168,15 +1168,17 @@ SystemCallFilter=~@privileged
 [Install]
 WantedBy=multi-user.target
 """
-# Its configuration, the file it goes into, and what the server calls the requested name.
-SERVERS = {"nginx": (NGINX, "owahttps.conf", "$host"), "apache": (APACHE, "owahttps.conf", "%{SERVER_NAME}"),
-           "haproxy": (HAPROXY, "haproxy.cfg", "%[var(txn.host)]"), "caddy": (CADDY, "Caddyfile", "{re.host.1}"),
-           "systemd": (SYSTEMD, "owahttps.service", "")}
+# What it is, its configuration, the file it goes into, and what the server calls the requested name.
+SERVERS = {"nginx": ("nginx 1.18 or newer", NGINX, "owahttps.conf", "$host"),
+           "apache": ("Apache httpd 2.4", APACHE, "owahttps.conf", "%{SERVER_NAME}"),
+           "haproxy": ("HAProxy 2.2 or newer", HAPROXY, "haproxy.cfg", "%[var(txn.host)]"),
+           "caddy": ("Caddy 2.4 or newer", CADDY, "Caddyfile", "{re.host.1}"),
+           "systemd": ("a hardened systemd unit for owahttps.py serve", SYSTEMD, "owahttps.service", "")}
 
 
 def server(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
     """The recipe of another server; a template's line that begins with +FIELD is for a rule with it, -FIELD without."""
-    template, file, requested = SERVERS[name]
+    _, template, file, requested = SERVERS[name]
     if rule.acme_dir and name == "haproxy":
         raise RuleError("HAProxy serves no files: leave --acme-dir out, and serve the tokens on the HTTPS side")
     if rule.acme_dir and not re.fullmatch(r"/[A-Za-z0-9._~/-]*", rule.acme_dir):
@@ -1186,18 +1188,14 @@ def server(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
         refusal=421 if rule.allow_hosts else 400, optional="?" if rule.host else "", acme_prefix=ACME_PREFIX,
         acme=ACME_PATTERN, token=TOKEN_PATTERN, origin="https://" + rule.authority(requested), options=options(rule))
     chosen = dict(rule._asdict(), acme_path=not (rule.keep_path or rule.acme_dir), listen=http_port != 80)
-    lines = []
-    for line in template.splitlines(True):
-        condition = re.match(r"([+-])([a-z_]+)", line)
-        if not condition or bool(chosen[condition.group(2)]) == (condition.group(1) == "+"):
-            lines.append(line[condition.end() if condition else 0:].lstrip(" " if line.startswith("+listen") else ""))
-    return [Part("file", "".join(lines).format(**values), file)]
+    text = re.sub(r"(?m)^([+-])([a-z_]+)(?: \b)?(.*\n)",
+                  lambda line: line.group(3) if bool(chosen[line.group(2)]) == (line.group(1) == "+") else "", template)
+    return [Part("file", text.format(**values), file)]
 
 
 RECIPES = {name: "Exchange %s on IIS %s" % (name[8:].lstrip("-").upper(), EXCHANGE[name][0]) for name in EXCHANGE}
 RECIPES["exchange2000"] += ": Microsoft's article Q279681"
-RECIPES.update(nginx="nginx 1.18 or newer", apache="Apache httpd 2.4", haproxy="HAProxy 2.2 or newer",
-               caddy="Caddy 2.4 or newer", systemd="a hardened systemd unit for owahttps.py serve")
+RECIPES.update((name, SERVERS[name][0]) for name in SERVERS)
 
 
 # ---- The stub --------------------------------------------------------------------------------------------------------
