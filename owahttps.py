@@ -2034,7 +2034,7 @@ class Failure(Exception):
 
 class _Parser(argparse.ArgumentParser):
     words: List[str] = []  # every command and option
-    usage_exit = 2
+    usage_exit = 2          # 3 for check
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -2294,14 +2294,14 @@ def command_check(args: argparse.Namespace) -> int:
         while sys.stderr.isatty() and wait(waiting, 1).not_done:
             done = sum(future.done() for future in waiting)
             print("%d of %d checked" % (done, len(waiting)), end="\r", file=sys.stderr, flush=True)
-        print(" " * 30, end="\r", file=sys.stderr) if sys.stderr.isatty() else None
+        if sys.stderr.isatty():
+            print(" " * 30, end="\r", file=sys.stderr)
         for future in waiting:
             report = future.result()
             worst = max(worst, report.severity, key=SEVERITIES.index)
             if args.json:
-                print(json.dumps({"target": report.target, "severity": report.severity,
-                                  "hops": [hop._asdict() for hop in report.hops],
-                                  "findings": [finding._asdict() for finding in report.findings]}))
+                print(json.dumps(dict(report._asdict(), hops=[hop._asdict() for hop in report.hops],
+                                      findings=[finding._asdict() for finding in report.findings])))
                 continue
             if args.quiet and report.severity in ("ok", "note"):
                 continue
@@ -2403,7 +2403,6 @@ Exit 0: ok, 1: warning, 2: critical, 3: could not tell, or wrong usage.
 examples:
   owahttps.py check mail.example.com
   owahttps.py check --path /owa --connect 192.0.2.7:80 mail.example.com""")
-    command.usage_exit = 3
     command.add_argument("targets", metavar="TARGET", nargs="+", help="host name, host:port or http URL")
     command.add_argument("--ca-file", metavar="FILE", default="", help="trust these authorities, not the system's")
     command.add_argument("--connect", metavar="HOST:PORT", default="", help="ask there, for the same name")
@@ -2429,9 +2428,9 @@ examples:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
-    parser.usage_exit = usage_exit = 3 if argv[:1] == ["check"] else 2
+    parser = build_parser()
+    _Parser.usage_exit = 3 if argv[:1] == ["check"] else 2
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
         parser.print_help()
@@ -2442,7 +2441,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return code
     except ValueError as error:     # RuleError, or a target that is none
         _say("error: %s" % error)
-        return usage_exit
+        return _Parser.usage_exit
     except Failure as error:
         _say("error: %s" % error)
     except KeyboardInterrupt:
