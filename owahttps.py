@@ -42,7 +42,8 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
 from urllib.parse import urljoin
 
-__all__ = ["HostError", "RedirectHandler", "RedirectRule", "RedirectServer", "RuleError", "asp_page", "server_name"]
+__all__ = ["HostError", "RedirectHandler", "RedirectRule", "RedirectServer", "RuleError", "asp_page", "check",
+           "server_name"]
 __version__ = "1.0"
 
 
