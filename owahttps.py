@@ -529,7 +529,8 @@ class _HTTPServer(HTTPServer):
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+            ipv6 = getattr(socket, "IPPROTO_IPV6", 41)      # Windows has no name for it before Python 3.8
+            self.socket.setsockopt(ipv6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         TCPServer.server_bind(self)         # HTTPServer's asks the DNS for a name of its own, which can take seconds
@@ -971,7 +972,7 @@ move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
 rem The Owaasp directory stays, and so does the permission to run ASP.
 """ + RESTART}
 VERIFY = """\
-From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
+{only}From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
 By https, as before: {still}.
 """
 STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
@@ -1001,6 +1002,8 @@ def exchange(name: str, rule: RedirectRule, http_port: int, method: str, site: i
         name=name, iis=iis, method=method, url=url, path=rule.path, http_port=http_port, site=site, status=rule.status,
         folder="Exchange" if folder == "exchange" else folder, host=rule.host or "HOST",
         status_name=STATUS_NAMES[rule.status], open_owa=OPEN_OWA if "O" in marks else "",
+        only="Only http://%s/ leads to https; check finds the other paths critical.\n" % (rule.host or "HOST")
+             if method == "redirect" else "",
         but_owa=" except owa (under Extended Protection, owa too)" if "O" in marks else "",
         module="HttpRedirectionModule" if method == "redirect" else "CustomErrorModule",
         section="httpRedirect" if method == "redirect" else "httpErrors",
@@ -1475,6 +1478,7 @@ def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext],
                 raise
     if not data:
         raise ConnectionError("closed without an answer")
+    data = re.sub(rb"\A(?:HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n)+", b"", data)     # 103 Early Hints and the like
     head, *body = re.split(r"\n\r?\n", data.decode("latin-1"), maxsplit=1)
     line, *lines = re.split(r"\r?\n", head.rstrip("\r"))      # RFC 9112 §2.2: a lone LF ends a line too
     match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
@@ -1902,7 +1906,10 @@ def _answers(data: bytes, request: bytes) -> str:
         if "strict-transport-security" in fields:
             found.append("Strict-Transport-Security in clear")
         if not request.startswith(b"HEAD ") and head[9:12] != "204" and head[9] != "1":
-            text = text[int(fields.get("content-length", len(text))):]
+            length = fields.get("content-length", "")
+            size = int(length) if re.fullmatch("[0-9]{1,9}", length) else len(text)
+            found += ["cut off"] * (len(text) < size)
+            text = text[size:]
     return ", ".join(found + [text[:60]] * bool(text)) or "closed"
 
 
@@ -1934,7 +1941,8 @@ def try_cases(address: Tuple[str, int], rule: RedirectRule, done: Tuple[Redirect
 
     def try_case(case: Case) -> Result:
         try:
-            got = _answers(_conversation(address, case.request, seconds), case.request)
+            request = case.request.replace(b" /health ", b" %s " % rule.health.encode())
+            got = _answers(_conversation(address, request, seconds), request)
         except OSError as error:
             got = _reason(error)
         return case.what, _expected(case, rule), got
@@ -2018,7 +2026,7 @@ class _LastRedirect:
 
 def _next_free(make: Callable[[int], Any], port: int) -> Any:
     """The server that make(port) makes, for the first port from this one on that is free."""
-    for candidate in range(port, port + 100):
+    for candidate in range(port, min(port + 100, 65536)):
         try:
             return make(candidate)
         except OSError as error:
@@ -2061,16 +2069,15 @@ def _rule_fields(args: argparse.Namespace) -> Dict[str, Any]:
             for name, value in vars(args).items() if name in RedirectRule._fields}
 
 
-def _port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError("%a is not a port (0-65535)" % text)
-    return int(text)
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError("%a is not a number from %d to %d" % (text, low, high))
+        return int(text)
+    return number
 
 
-def _count(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError("%a is not a number from 1 on" % text)
-    return int(text)
+PORT = _number(0, 65535)
 
 
 def _seconds(text: str) -> float:
@@ -2089,7 +2096,7 @@ def _add_rule(parser: argparse.ArgumentParser, without: Tuple[str, ...] = ()) ->
     add("--path", "where everybody lands (%s)" % default.path)
     add("--keep-path", "keep the path and query of the request instead", action="store_true")
     add("--host", "lead to this name instead of the requested one", metavar="NAME")
-    add("--https-port", "lead to this port (%d)" % default.https_port, type=_port, metavar="PORT")
+    add("--https-port", "lead to this port (%d)" % default.https_port, type=PORT, metavar="PORT")
     add("--status", "301, 302, 307 or 308 (%d)" % default.status, type=int, metavar="CODE")
     add("--allow-host", "redirect this name only; may be repeated", dest="allow_hosts", action="append", metavar="NAME")
     add("--acme-dir", "serve ACME http-01 token files from here", metavar="DIR")
@@ -2124,7 +2131,7 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
 
 
 def _connection_cap() -> int:
-    """As many connections as the file descriptors allow, and no more than fit into some 50 MB."""
+    """As many connections as the file descriptors allow, and no more than fit into some 50 MB while they wait."""
     try:
         import resource
     except ImportError:
@@ -2365,9 +2372,10 @@ examples:
   sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
   owahttps.py serve --port 8080 --keep-path --status 308""")
     command.add_argument("--bind", metavar="ADDR", default="", help="listen on this address (all, IPv6 and IPv4)")
-    command.add_argument("--port", type=_port, default=80, help="listen on this port (80); 0: a free one")
+    command.add_argument("--port", type=PORT, default=80, help="listen on this port (80); 0: a free one")
     command.add_argument("--user", metavar="NAME", default="", help="become this user once the port is bound")
-    command.add_argument("--max-connections", type=_count, metavar="N", help="cap (from the file descriptor limit)")
+    command.add_argument("--max-connections", type=_number(1, 500 if sys.platform == "win32" else 10 ** 6), metavar="N",
+                         help="cap (from the file descriptor limit)")
     command.add_argument("--quiet", action="store_true", help="no access log")
     _add_rule(command)
 
@@ -2386,8 +2394,10 @@ examples:
     command.add_argument("--write", metavar="DIR", help="write the files there instead, never over one that differs")
     command.add_argument("--method", choices=("redirect", "403.4"), default="redirect",
                          help="Exchange 2007 and later: Microsoft's HTTP Redirect, or the article's 403.4 (redirect)")
-    command.add_argument("--site", type=_count, default=1, metavar="N", help="IIS 5 and 6: the Web site's number (1)")
-    command.add_argument("--http-port", type=_port, default=80, metavar="PORT", help="the port of plain HTTP (80)")
+    command.add_argument("--site", type=_number(1, 10 ** 9), default=1, metavar="N",
+                         help="IIS 5 and 6: the Web site's number (1)")
+    command.add_argument("--http-port", type=_number(1, 65535), default=80, metavar="PORT",
+                         help="the port of plain HTTP (80)")
     _add_rule(command)
 
     command = add("selftest", command_selftest, "Prove the redirect, end to end and case by case.", """\
@@ -2419,7 +2429,7 @@ examples:
 examples:
   owahttps.py demo --open
   owahttps.py demo --before           the problem instead: 403.4""")
-    command.add_argument("--port", type=_port, default=8080, help="of plain HTTP (8080, or the next that is free)")
+    command.add_argument("--port", type=PORT, default=8080, help="of plain HTTP (8080, or the next that is free)")
     command.add_argument("--open", action="store_true", help="open the browser")
     command.add_argument("--before", action="store_true", help="answer plain HTTP as IIS does before the cure")
     command.add_argument("--cert", metavar="FILE", default="", help="your own certificate for the stub")
@@ -2454,7 +2464,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             sys.stdout.flush()
         except OSError:         # what is left would fail once more, in the interpreter's own flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 3 if usage_exit == 3 else 1
+    return 3 if _Parser.usage_exit == 3 else 1
 
 
 if __name__ == "__main__":

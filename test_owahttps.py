@@ -25,6 +25,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -310,7 +311,7 @@ def test_serve_tells_where_and_logs_in_combined_format():
 
 
 @pytest.mark.parametrize("argv, code, says", [
-    (["serve", "--port", "70000"], 2, "'70000' is not a port"), (["serve", "--port", "x"], 2, "'x'"), (["serve", "--path", "owa"], 2, "path 'owa'"),
+    (["serve", "--port", "70000"], 2, "'70000' is not a number from 0 to 65535"), (["serve", "--port", "x"], 2, "'x'"), (["serve", "--path", "owa"], 2, "path 'owa'"),
     (["serve", "--host", "a b"], 2, "'a b'"), (["serve", "--status", "303"], 2, "303"), (["serve", "--acme-dir", "/no/such"], 2, "/no/such"),
     (["serve", "--bind", "203.0.113.9", "--port", "0"], 1, "203.0.113.9"), (["serve", "--bind", "no.such.invalid", "--port", "0"], 1, "no.such.invalid"),
     (["serve", "--prot", "80"], 2, "--port"), (["sevre"], 2, "serve"), (["generate", "ngnix"], 2, "nginx"), (["generate", "--keep-path"], 2, "--keep-path"),
@@ -319,7 +320,8 @@ def test_serve_tells_where_and_logs_in_combined_format():
     (["generate", "haproxy", "--acme-dir", "/a"], 2, "HAProxy serves no files"), (["generate", "nginx", "--acme-dir", "a"], 2, "--acme-dir"),
     (["generate", "nginx", "--asp"], 2, "no such part"), (["generate", "--write", "/no/such"], 1, "'/no/such' is not a folder"), (["selftest", "--path", "/x"], 2, "--against"),
     (["selftest", "--against", "non sense"], 2, "non sense"), (["selftest", "--against", "http://127.0.0.1:1"], 1, "gives no answer"),
-    (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--max-connections", "0"], 2, "'0'"), (["serve", "--health", "/exchange"], 2, "health"),
+    (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--max-connections", "0"], 2, "'0'"), (["serve", "--max-connections", "-1"], 2, "-1"), (["generate", "--site", "0"], 2, "'0'"),
+    (["generate", "--http-port", "0"], 2, "'0'"), (["serve", "--health", "/exchange"], 2, "health"),
     (["serve", "--user", "no-such-user", "--bind", "127.0.0.1", "--port", "0"], 1, "no-such-user"), (["--quiet", "serve"], 2, "does not belong"),
     (["demo", "--host", "a"], 2, "--host"), (["check", "--health", "/x", "a"], 3, "--health"), (["check", "-4", "-6", "a"], 3, "-4"), (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
     (["check", "a", "--ca-file", "/no/such"], 3, "/no/such"), (["check", "--tmieout", "3", "a"], 3, "--timeout"), (["demo", "--cert", "/no/such"], 2, "/no/such")])
@@ -1165,13 +1167,14 @@ def test_exchange_recipes(name, method):
     parts = {part.name: part.text for part in owahttps.exchange(name, RedirectRule(path="/owa", host="mail.example.com"), 80, method or "redirect", 3)}
     assert {"about", "steps", "script", "undo", "verify"} <= set(parts) and ("asp" in parts) == (not method)
     text = "".join(parts.values())
-    assert "https://mail.example.com/owa" in text and not re.search(r"(?<!%)\{[a-z_]+\}", text) and text.isascii() if hasattr(text, "isascii") else True
+    assert "https://mail.example.com/owa" in text and not re.search(r"(?<!%)\{[a-z_]+\}", text)
+    assert text == text.encode("ascii").decode()
     assert "owahttps.py check mail.example.com --path /owa" in parts["verify"]
     assert "Exchange Back End" not in parts["script"] + parts["undo"] and "redirectHttpToHttps" not in text
     assert not (name == "exchange2007" and "responseMode='Redirect'" in text)
     assert ("CustomErrorModule\" />" in parts["about"]) == (name in ("exchange2016", "exchange2019", "exchange-se"))
     if method:
-        assert ("add backup" in parts["script"] and "/commit:apphost" in parts["script"]) or "-commit:apphost" in parts["script"]
+        assert "add backup" in parts["script"] and re.search("[-/]commit:apphost", parts["script"])
     else:
         assert "W3SVC/3/ROOT" in parts["script"] and "adsutil" not in parts["script"] and "Merge \"403,4,URL,/owaasp/owahttps.asp\"" in parts["script"]
         assert "net stop iisadmin /y" in parts["script"] and "iisreset" not in parts["script"] and "NOT started again" in parts["script"]
@@ -1575,7 +1578,7 @@ def reset(sock: socket.socket, over: threading.Event) -> None:
 
 
 SHORT = "--timeout 0.1"
-HOSTILE = [
+HOSTILE_SITES = [
     Case("endless headers", "http-garbled", 2, endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 999)),
     Case("one endless header", "http-garbled", 2, endless(b"HTTP/1.1 301 Moved\r\nLocation: https://a.b/",
          b"x" * 9999)),
@@ -1616,7 +1619,7 @@ HOSTILE = [
 
 
 @needs_openssl
-@pytest.mark.parametrize("case", HOSTILE, ids=[case.what[:40] for case in HOSTILE])
+@pytest.mark.parametrize("case", HOSTILE_SITES, ids=[case.what[:40] for case in HOSTILE_SITES])
 def test_hostile_server(case: Case, certificates: Any, capsys: Any) -> None:
     """Whatever comes: a finding and no traceback, within a few deadlines, and nothing for the terminal to obey."""
     with Site(case, certificates) as site:
@@ -1792,6 +1795,23 @@ def test_exit_3(words: str) -> None:
     assert code == 3 and (out + err).count("\n") <= 2 and "Traceback" not in err
 
 
+def test_an_early_hint_is_no_answer():
+    """An interim answer must never be judged as the final one."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+
+        def answer():
+            client = listener.accept()[0]
+            with client:
+                client.recv(9999)
+                client.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 302 Found\r\nLocation: https://a/\r\n\r\n")
+        threading.Thread(target=answer).start()
+        url = owahttps.Url("http", "localhost", 80, "/")
+        response = owahttps.fetch(url, listener.getsockname(), None, "localhost", 5)
+        assert (response.status, response.field("location")) == (302, "https://a/")
+
+
 # ---- The self-test, sabotaged ----------------------------------------------------------------------------------------
 
 def failing():
@@ -1813,12 +1833,25 @@ def test_the_embedded_certificate_stays_on_loopback():
         assert address in str(caught.value)
 
 
-class WrongCertificate(owahttps.StubServer):
-    """Trusts nothing that the self-test knows."""
+class NoCertificate(owahttps.StubServer):
+    """No certificate at all: no handshake."""
 
     def __init__(self, *args, **fields):
         super().__init__(*args, **fields)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)      # no certificate at all
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+
+class UntrustedCertificate(owahttps.StubServer):
+    """A certificate of its own, for the right name, that nobody trusts."""
+
+    def __init__(self, *args, **fields):
+        super().__init__(*args, **fields)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.TemporaryDirectory() as folder:
+            pem = os.path.join(folder, "pem")
+            subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext",
+                                   "subjectAltName=DNS:localhost", "-days", "9", "-keyout", pem + "k", "-out", pem], stderr=subprocess.DEVNULL)
+            self.context.load_cert_chain(pem, pem + "k")
 
 
 class DeadStub(owahttps.StubServer):
@@ -1835,11 +1868,14 @@ def sabotaged_rule(**wrong):
     ("RedirectRule", sabotaged_rule(status=301), "plain HTTP is redirected"),
     ("RedirectRule", sabotaged_rule(host="evil.example"), "plain HTTP is redirected"),
     ("RedirectRule", sabotaged_rule(path="/owa"), "plain HTTP is redirected"),
-    ("StubServer", WrongCertificate, "the stub's page comes over verified TLS"), ("StubServer", DeadStub, "check finds nothing wrong"),
+    ("StubServer", NoCertificate, "the stub's page comes over verified TLS"),
+    pytest.param("StubServer", UntrustedCertificate, "the stub's page comes over verified TLS",
+                 marks=pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")),
+    ("StubServer", DeadStub, "check finds nothing wrong"),
     ("RedirectRule.location", lambda self, name, target: "http://%s:%d/exchange" % (name, self.https_port), "plain HTTP is redirected"),
     ("RedirectRule.location", lambda self, name, target: "https://" + name + target, "Host with a port"),
     ("server_name", lambda authority: authority, "Host with '@'"), ("RedirectServer", None, "plain HTTP is redirected")],
-    ids=["status", "host", "path", "certificate", "dead stub", "http Location", "fixed path", "any Host", "no redirect"])
+    ids=["status", "host", "path", "no certificate", "untrusted certificate", "dead stub", "http Location", "fixed path", "any Host", "no redirect"])
 def test_sabotage_turns_the_selftest_red(monkeypatch, name, value, must_fail):
     """Each part broken on purpose: a self-test that stays green proves nothing."""
     if value is None:
@@ -1852,8 +1888,25 @@ def test_sabotage_turns_the_selftest_red(monkeypatch, name, value, must_fail):
     assert must_fail in red
 
 
+@pytest.mark.parametrize("data, request_, answers", [
+    ("HTTP/1.1 302 Found\r\nLocation: a\r\nContent-Length: 2\r\n\r\nhi", b"GET ", "302 a"),
+    ("HTTP/1.1 302 Found\r\nLocation: a\r\nContent-Length: 3\r\n\r\nhi", b"GET ", "302 a, cut off"),
+    ("HTTP/1.1 302 Found\r\nLocation: a\r\nContent-Length: 3\r\n\r\n", b"HEAD ", "302 a"),
+    ("HTTP/1.1 302 Found\r\nContent-Length: x\r\n\r\nhi", b"GET ", "302"),
+    ("HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\nhi", b"GET ", "302, hi"), ("", b"GET ", "closed"),
+    ("HTTP/1.1 302 Found\r\nStrict-Transport-Security: x\r\n\r\n", b"GET ", "302, Strict-Transport-Security in clear")])
+def test_the_selftest_reads_what_came(data, request_, answers):
+    """Whatever a server under test sends is a result, never a traceback; a torn answer is no answer."""
+    assert owahttps._answers(data.encode(), request_) == answers
+
+
+def test_selftest_against_asks_for_the_rules_own_health_path():
+    with serving("--health", "/status") as (_, port):
+        code, out, _ = run("selftest", "--against", "http://127.0.0.1:%d" % port, "--health", "/status", "--quiet")
+        assert code == 0, out
+
+
 def test_selftest_fails_by_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(owahttps, "STUB_CERTIFICATE", owahttps.STUB_CERTIFICATE.replace("MIIB0j", "MIIB1j"))
     monkeypatch.setattr(owahttps, "try_end_to_end", lambda: iter([("a", "b|c", "d"), ("e", "f", "f")]))
     assert owahttps.main(["selftest", "--quiet"]) == 1
     out = capsys.readouterr().out
@@ -1931,6 +1984,15 @@ def test_the_readmes_commands_and_options_exist():
     for line in re.findall(r"(?m)^\$ .*owahttps\.py (.*?)(?: *#.*| &| >.*)?$", text):
         words = line.split()
         assert {word for word in words if word.startswith("--")} <= every[words[0]], line
+
+
+def test_the_readmes_demo_output_is_real():
+    process = subprocess.Popen([sys.executable, "owahttps.py", "demo", "--port", str(free_port()), "--https-port", str(free_port())],
+                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed = "".join(process.stdout.readline().decode() for _ in range(3))
+    process.terminate()
+    process.communicate(timeout=10)
+    assert re.sub(r":\d{4,5}", ":PORT", printed.replace(SCRIPT, "owahttps.py")) in re.sub(r":\d{4,5}", ":PORT", readme())
 
 
 def test_the_readmes_fail2ban_filter(tmp_path):
