@@ -251,6 +251,20 @@ def test_answers(head, status, has):
     assert result.rest.endswith(b"\r\n\r\n") == (head[:4] in ("HEAD", "OPTI"))
 
 
+def test_what_is_plain_text_says_so(token_folder):
+    rule = RedirectRule(health="/health", acme_dir=token_folder, https_port=1)
+    for target, status in (("/health", b"200"), (owahttps.ACME_PREFIX + "none", b"404")):
+        result = owahttps.answer(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % target.encode(), rule)
+        assert result.start[9:12] == status and b"Content-Type: text/plain; charset=utf-8\r\n" in result.rest
+    assert b"Content-Type: text/html" in owahttps.answer(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", rule).rest
+    assert b"Location: https://a:1/exchange\r\n" in owahttps.answer(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", rule).rest
+
+
+def test_the_fixed_host_is_allowed_too():
+    rule = RedirectRule(host="A.example", allow_hosts=("B.example",))
+    assert set(rule.allow_hosts) == {"a.example", "b.example"} and RedirectRule(host="a").allow_hosts == ()
+
+
 @pytest.mark.parametrize("status, phrase", [
     (301, b"301 Moved Permanently"), (302, b"302 Found"), (307, b"307 Temporary Redirect"), (308, b"308 Permanent Redirect")])
 def test_every_status_has_its_phrase(status, phrase):
