@@ -978,7 +978,7 @@ By https, as before: {still}.
 STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
 
 
-def exchange(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
+def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
     """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
     later ones by `method`, "redirect" (Microsoft's procedure) or "403.4" (what became of the article's)."""
     iis, marks = EXCHANGE[name]
@@ -1180,7 +1180,7 @@ SERVERS = {"nginx": ("nginx 1.18 or newer", NGINX, "owahttps.conf", "$host"),
            "systemd": ("a hardened systemd unit for owahttps.py serve", SYSTEMD, "owahttps.service", "")}
 
 
-def server(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
+def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
     """The recipe of another server; a template's line that begins with +FIELD is for a rule with it, -FIELD without."""
     _, template, file, requested = SERVERS[name]
     if rule.acme_dir and name == "haproxy":
@@ -2077,7 +2077,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
     return number
 
 
-PORT = _number(0, 65535)
+_port = _number(0, 65535)
 
 
 def _seconds(text: str) -> float:
@@ -2096,7 +2096,7 @@ def _add_rule(parser: argparse.ArgumentParser, without: Tuple[str, ...] = ()) ->
     add("--path", "where everybody lands (%s)" % default.path)
     add("--keep-path", "keep the path and query of the request instead", action="store_true")
     add("--host", "lead to this name instead of the requested one", metavar="NAME")
-    add("--https-port", "lead to this port (%d)" % default.https_port, type=PORT, metavar="PORT")
+    add("--https-port", "lead to this port (%d)" % default.https_port, type=_port, metavar="PORT")
     add("--status", "301, 302, 307 or 308 (%d)" % default.status, type=int, metavar="CODE")
     add("--allow-host", "redirect this name only; may be repeated", dest="allow_hosts", action="append", metavar="NAME")
     add("--acme-dir", "serve ACME http-01 token files from here", metavar="DIR")
@@ -2226,7 +2226,7 @@ def _write_files(folder: str, parts: List[Part]) -> None:
                 with open(path, "rb") as file:
                     if file.read() != data:
                         raise Failure("%s says something else: move it, or write elsewhere" % path) from None
-            print(path)
+            print(part.file)        # the folder's name may be beyond a code page
 
 
 def command_generate(args: argparse.Namespace) -> int:
@@ -2239,9 +2239,9 @@ def command_generate(args: argparse.Namespace) -> int:
         fields.setdefault("path", "/owa")       # since Exchange 2007
     rule = RedirectRule(**fields)
     if args.recipe in EXCHANGE:
-        parts = exchange(args.recipe, rule, args.http_port, args.method, args.site)
+        parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
     else:
-        parts = server(args.recipe, rule, args.http_port)
+        parts = server_recipe(args.recipe, rule, args.http_port)
     if args.parts:
         parts = [part for part in parts if part.name in args.parts]
         if not parts:
@@ -2372,7 +2372,7 @@ examples:
   sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
   owahttps.py serve --port 8080 --keep-path --status 308""")
     command.add_argument("--bind", metavar="ADDR", default="", help="listen on this address (all, IPv6 and IPv4)")
-    command.add_argument("--port", type=PORT, default=80, help="listen on this port (80); 0: a free one")
+    command.add_argument("--port", type=_port, default=80, help="listen on this port (80); 0: a free one")
     command.add_argument("--user", metavar="NAME", default="", help="become this user once the port is bound")
     command.add_argument("--max-connections", type=_number(1, 500 if sys.platform == "win32" else 10 ** 6), metavar="N",
                          help="cap (from the file descriptor limit)")
@@ -2429,7 +2429,7 @@ examples:
 examples:
   owahttps.py demo --open
   owahttps.py demo --before           the problem instead: 403.4""")
-    command.add_argument("--port", type=PORT, default=8080, help="of plain HTTP (8080, or the next that is free)")
+    command.add_argument("--port", type=_port, default=8080, help="of plain HTTP (8080, or the next that is free)")
     command.add_argument("--open", action="store_true", help="open the browser")
     command.add_argument("--before", action="store_true", help="answer plain HTTP as IIS does before the cure")
     command.add_argument("--cert", metavar="FILE", default="", help="your own certificate for the stub")

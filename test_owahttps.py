@@ -94,17 +94,6 @@ def get(target="/", host="mail.example.com", fields="", line="GET {} HTTP/1.1"):
     return "%s\r\nHost: %s\r\n%sConnection: close\r\n\r\n" % (line.format(target), host, fields)
 
 
-def wait_for(condition, seconds=5):
-    """Poll until condition() is true; its value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.01)
-    raise AssertionError("not within %g seconds" % seconds)
-
-
 # ---- The rule --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("authority, name", [
@@ -1178,7 +1167,7 @@ EXCHANGES = [(name, method) for name, (_, marks) in owahttps.EXCHANGE.items() fo
 @pytest.mark.parametrize("name, method", EXCHANGES)
 def test_exchange_recipes(name, method):
     """Every part is there, filled in, in ASCII; what must never be printed for a version is not."""
-    parts = {part.name: part.text for part in owahttps.exchange(name, RedirectRule(path="/owa", host="mail.example.com"), 80, method or "redirect", 3)}
+    parts = {part.name: part.text for part in owahttps.exchange_recipe(name, RedirectRule(path="/owa", host="mail.example.com"), 80, method or "redirect", 3)}
     assert {"about", "steps", "script", "undo", "verify"} <= set(parts) and ("asp" in parts) == (not method)
     text = "".join(parts.values())
     assert "https://mail.example.com/owa" in text and not re.search(r"(?<!%)\{[a-z_]+\}", text)
@@ -2158,7 +2147,7 @@ def peer(name, text, port, folder):
     process = subprocess.Popen([program] + [word.format(conf=conf) for word in start], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=environment)
     try:
-        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 15)
+        assert wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 15)
         yield
     finally:
         process.terminate()
@@ -2207,7 +2196,7 @@ def test_servers(name, rule, tmp_path, token_folder):
         os.chmod(folder, 0o755)         # the servers read as users of their own
     rule = rule._replace(acme_dir=token_folder if rule.acme_dir and name != "haproxy" else "")
     port = free_port()
-    text = owahttps.server(name, rule, port)[0].text
+    text = owahttps.server_recipe(name, rule, port)[0].text
     with peer(name, text, port, str(tmp_path)):
         assert failures(port, rule) - {what for what, servers in DIFFERS.items() if name[0].upper() in servers} == set()
 
