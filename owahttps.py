@@ -18,7 +18,6 @@ owahttps.py COMMAND --help tells the rest.
 """
 import argparse
 import contextlib
-import difflib
 import errno
 import os
 import re
@@ -330,13 +329,13 @@ class Log:
     write(line) takes a str that ends in a newline; tell(text) hears of faults.
     """
     WAITING = 5000      # lines, of some 3 KB at the most
-    AT_ONCE = 256       # lines that are written in one go,
-    SECONDS = 0.01      # or as many as gather in this time
+    AT_ONCE = 64        # lines that are written in one go,
+    SECONDS = 0.003     # or as many as gather in this time
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
         self.lines: Deque[str] = deque()
-        self.lost = self.under_way = 0  # lines that nobody will see; those that are being written
+        self.lost, self._counting = 0, threading.Lock()     # lines that nobody will see
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -347,7 +346,7 @@ class Log:
             if not self._more.is_set():     # asked after the append: the thread clears it before it looks
                 self._more.set()
         else:
-            self.lost += 1
+            self._lose(1)
 
     def _run(self) -> None:
         faulty = False
@@ -357,8 +356,7 @@ class Log:
             if len(self.lines) < self.AT_ONCE:
                 self._closing.wait(self.SECONDS)
             self._more.clear()
-            self.under_way = min(len(self.lines), self.AT_ONCE)
-            lines = [self.lines.popleft() for _ in range(self.under_way)]
+            lines = [self.lines[number] for number in range(min(len(self.lines), self.AT_ONCE))]
             data = ("\n" * faulty + "".join(lines)).encode("ascii", "backslashreplace")     # ends a line that was torn
             try:
                 while data:
@@ -366,14 +364,20 @@ class Log:
                 faulty = False
                 self._tell_lost()
             except OSError as error:
-                self.lost += self.under_way
+                self._lose(len(lines))
                 if not faulty:
                     self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
                 faulty = True
-            self.under_way = 0
+            for _ in lines:
+                self.lines.popleft()
+
+    def _lose(self, count: int) -> None:
+        with self._counting:
+            self.lost += count
 
     def _tell_lost(self) -> None:
-        lost, self.lost = self.lost, 0
+        with self._counting:
+            lost, self.lost = self.lost, 0
         if lost:
             self.tell("%d lines of the log were lost" % lost)
 
@@ -382,8 +386,7 @@ class Log:
         self._closing.set()
         self._more.set()
         self._thread.join(0.5)
-        self.lost += self.under_way + len(self.lines)
-        self.lines.clear()
+        self._lose(len(self.lines))
         self._tell_lost()
 
 
@@ -2056,6 +2059,7 @@ class _Parser(argparse.ArgumentParser):
         """One line, with the word that was probably meant."""
         wrong = re.search(r"invalid choice: '([^']+)'|unrecognized arguments: (--[^ =]+)", message)
         if wrong:
+            import difflib
             near = difflib.get_close_matches(wrong.group(1) or wrong.group(2), self.words, 1)
             message = message.partition(" (choose")[0] + (": did you mean %s?" % near[0] if near else "")
             if wrong.group(2) in self.words:
