@@ -695,7 +695,20 @@ class Part(NamedTuple):
     name: str
     text: str
     file: str = ""
-    newline: str = "\n"
+
+
+def _refuse(who: str, *reasons: Tuple[Any, str]) -> None:
+    """RuleError for the first of these (wrong, reason) that is."""
+    for wrong, reason in reasons:
+        if wrong:
+            raise RuleError("%s %s" % (who, reason))
+
+
+def _fill(template: str, marks: Iterable[str], values: Dict[str, Any]) -> str:
+    """A template filled in; its line "+MARK|text" is for a recipe with this mark, "-MARK|text" for one without."""
+    return re.sub(r"(?m)^([+-])([\w.]+)\|(.*\n)",
+                  lambda line: line.group(3) * ((line.group(2) in marks) == (line.group(1) == "+")),
+                  template).format(**values)
 
 
 ASP_PAGE = """\
@@ -713,15 +726,13 @@ ASP_PAGE = """\
 
 def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
     """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError where there is none."""
-    for wrong, reason in ((rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
-                          (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
-                          (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
-                          (rule.health or rule.acme_dir, "--health and --acme-dir: it is run for one folder alone")):
-        if wrong:
-            raise RuleError("the ASP page cannot express " + reason)
+    _refuse("the ASP page cannot express",
+            (rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
+            (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
+            (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
+            (rule.health or rule.acme_dir, "--health and --acme-dir: it is run for one folder alone"))
     name = '"%s"' % rule.host if rule.host else 'Request.ServerVariables("SERVER_NAME")'
-    port = "" if rule.https_port == 443 else ":%d" % rule.https_port
-    return ASP_PAGE.format(http_port=http_port, server_name=name, path=port + rule.path)
+    return ASP_PAGE.format(http_port=http_port, server_name=name, path=rule.authority("")[len(rule.host):] + rule.path)
 
 
 def options(rule: RedirectRule) -> str:
@@ -733,43 +744,38 @@ def options(rule: RedirectRule) -> str:
     return words
 
 
-# Exchange: its IIS, and a letter for each peculiarity (CAVEATS): A has the article's ASP page, P needs its application
-# pool, F a file for 403.4, O leaves /owa open for plain HTTP, 8 knows status 308.
-EXCHANGE = {"exchange2000": ("5.0", "ASTL"), "exchange2003": ("6.0", "ASTLPM"), "exchange2007": ("7.0", "BFR"),
-            "exchange2010": ("7.5", "BR"), "exchange2013": ("8.0 or 8.5", "BR"), "exchange2016": ("8.5 or 10", "BCO8"),
-            "exchange2019": ("10", "BCO8"), "exchange-se": ("10", "BCO8")}
-CAVEATS = {
-    "A": """\
-On any port but {http_port} the page does nothing: an empty page with status 200 (see --http-port).
-SERVER_NAME is what the user typed, and the certificate may not name it: --host fixes the name.
-Deep links are lost: everybody lands on {path}. A form that was posted has crossed the wire in clear already.
-Without a certificate on the site, Require secure channel answers 403 to everything.
-Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.""",
-    "S": "Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.",
-    "T": "Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected forever.",
-    "L": "The script and its undo were never run on Windows: read them first.",
-    "P": "The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).",
-    "M": "On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.",
-    "B": """\
-Not where TLS ends before this server: redirect there. Never on the site "Exchange Back End".
-Nobody has run these scripts on Windows yet: read them first.""",
-    "F": """\
-Response mode Redirect crashes OWAAppPool on this version: method 403.4 serves a file with a refresh. Its status
-  stays 403: a browser follows it, but owahttps.py check reports the 403.""",
-    "R": "Method redirect serves the bare host name: http://HOST/owa may still answer 403.4. Method 403.4 does both.",
-    "C": """\
-Method 403.4 needs CustomErrorModule, which web.config in the site's directory removes: delete its line
-  <remove name="CustomErrorModule" /> (keep a copy), and look again after every cumulative update.""",
-    "O": """\
-Under Extended Protection (on by default from Exchange 2019 CU14) /owa keeps Require SSL: with method redirect,
-  http://HOST/owa then answers 403.4. Method 403.4 does both.""",
-    "8": "Status 308 needs IIS 10."}
-ABOUT = {
-    "article": "The error 403.4 of the {folder} folder runs an ASP page, which redirects to {url}\n",
-    "redirect": "The root of Default Web Site redirects to {url}\n"
-                "Its virtual directories do not. The name of a file right below the root is appended to it.\n",
-    "403.4": "Require SSL stays on, and its error 403.4 leads to {url}\n"
-             "A browser on the server itself is shown a detailed error instead: test from another machine.\n"}
+# Exchange: its IIS, and the marks of its templates' lines; its name and the method are marks too.
+EXCHANGE = {"exchange2000": ("5.0", "article"), "exchange2003": ("6.0", "article iis6"),
+            "exchange2007": ("7.0", "until2013"), "exchange2010": ("7.5", "until2013"),
+            "exchange2013": ("8.0 or 8.5", "until2013"), "exchange2016": ("8.5 or 10", "since2016"),
+            "exchange2019": ("10", "since2016"), "exchange-se": ("10", "since2016")}
+ABOUT = """\
++article|The error 403.4 of the {folder} folder runs an ASP page, which redirects to {url}
++article| - On any port but {http_port} the page does nothing: an empty page with status 200 (see --http-port).
++article| - SERVER_NAME is what the user typed, and the certificate may not name it: --host fixes the name.
++article| - Deep links are lost: everybody lands on {path}. A form that was posted has crossed the wire in clear.
++article| - Without a certificate on the site, Require secure channel answers 403 to everything.
++article| - Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.
++article| - Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.
++article| - Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected forever.
++article| - The script and its undo were never run on Windows: read them first.
++iis6| - The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).
++iis6| - On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.
++redirect|The root of Default Web Site redirects to {url}
++redirect|Its virtual directories do not. The name of a file right below the root is appended to it.
++403.4|Require SSL stays on, and its error 403.4 leads to {url}
++403.4|A browser on the server itself is shown a detailed error instead: test from another machine.
+-article| - Not where TLS ends before this server: redirect there. Never on the site "Exchange Back End".
+-article| - Nobody has run these scripts on Windows yet: read them first.
++exchange2007| - Response mode Redirect crashes OWAAppPool on this version: method 403.4 serves a file with a refresh.
++exchange2007|   Its status stays 403: a browser follows it, but owahttps.py check reports the 403.
++until2013| - Method redirect serves the bare host name: http://HOST/owa may still answer 403.4. Method 403.4 does both.
++since2016| - Method 403.4 needs CustomErrorModule, which web.config in the site's directory removes: delete its line
++since2016|   <remove name="CustomErrorModule" /> (keep a copy), and look again after every cumulative update.
++since2016| - Under Extended Protection (on by default from Exchange 2019 CU14) /owa keeps Require SSL: with method
++since2016|   redirect, http://HOST/owa then answers 403.4. Method 403.4 does both.
++since2016| - Status 308 needs IIS 10.
+"""
 STEPS = {
     "article": """\
  1. Save the ASP page as Owahttps.asp in the folder Inetpub\\Wwwroot\\Owaasp (make the folder).
@@ -794,11 +800,15 @@ STEPS = {
     Note which services it stops: with Exchange 2000, all Exchange services stop together with IIS.
 17. Start every service that was stopped.
 18. Test: http://HOST{colon_port}{path} must land on {url}
++iis6|    On IIS 6.0 (labels not verified): the site is below Web Sites; under Web Service Extensions, allow Active
++iis6|    Server Pages; make Owaasp an application in the application pool that the {folder} folder uses.
 """,
     "redirect": """\
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
  2. SSL Settings: note what is set here and on every virtual directory. Here only: clear Require SSL; Actions: Apply.
- 3. Every virtual directory that had it{but_owa}: SSL Settings, select Require SSL, Apply.
++since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too): SSL Settings, select
++since2016|    Require SSL, Apply.
+-since2016| 3. Every virtual directory that had it: SSL Settings, select Require SSL, Apply.
  4. Default Web Site, HTTP Redirect (role service HTTP Redirection): select "Redirect requests to this destination",
     enter {url}
     select "Only redirect requests to content in this directory (not subdirectories)";
@@ -810,47 +820,43 @@ STEPS = {
     "403.4": """\
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
  2. SSL Settings, here and on owa: Require SSL is selected.
- 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action: "{action}",
-    {error_path}
++exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
++exchange2007|    "Insert content from static file into the error response", %SystemDrive%\\owahttps\\owahttps.htm
+-exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
+-exchange2007|    "Respond with a 302 redirect", {url}
     OK.
 """}
-IIS6_STEPS = """\
-    On IIS 6.0 (labels not verified): the site is below Web Sites; under Web Service Extensions, allow Active Server
-    Pages; make Owaasp an application in the application pool that the {folder} folder uses.
-"""
 CMD = """\
 @echo off
 rem {name} (IIS {iis}), method {method}: {url}
 rem Nobody has run this on Windows yet: read it first. Run it on the server, in a Command Prompt as administrator.
 setlocal
 set "KEEP=%SystemDrive%\\owahttps"
+-article|set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
+-article|set "SITE=Default Web Site"
 """
-CMD_7 = CMD + """\
-set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
-set "SITE=Default Web Site"
-"""
-BEGIN_7 = CMD_7 + """\
-%APPCMD% list modules /app.name:"%SITE%/" | findstr /l /c:"{module}" >nul
-if errorlevel 1 echo {module} is not loaded for %SITE%.& exit /b 1
-%APPCMD% list config "%SITE%" -section:system.webServer/{section} | findstr /i /r /c:"{present}"
+BEGIN_7 = CMD + """\
++redirect|set "MODULE=HttpRedirectionModule"
++redirect|set "SECTION=system.webServer/httpRedirect"
++redirect|set "PRESENT=enabled=.true."
++403.4|set "MODULE=CustomErrorModule"
++403.4|set "SECTION=system.webServer/httpErrors"
++403.4|set "PRESENT=statusCode=.403. subStatusCode=.4."
+%APPCMD% list modules /app.name:"%SITE%/" | findstr /l /c:"%MODULE%" >nul
+if errorlevel 1 echo %MODULE% is not loaded for %SITE%.& exit /b 1
+%APPCMD% list config "%SITE%" -section:%SECTION% | findstr /i /r /c:"%PRESENT%"
 if not errorlevel 1 echo %SITE% has this already: undo that first, where it was set.& exit /b 1
 if not exist "%KEEP%" md "%KEEP%"
 rem For the last resort, appcmd restore backup "NAME", which takes back later changes too.
 %APPCMD% add backup || goto fail
 """
 END_7 = """\
-%APPCMD% list config "%SITE%" -section:system.webServer/{section} | findstr /i /r /c:"{present}" >nul
+%APPCMD% list config "%SITE%" -section:%SECTION% | findstr /i /r /c:"%PRESENT%" >nul
 if errorlevel 1 echo Not in effect: a web.config in the directory of %SITE% overrides it.& exit /b 1
 exit /b 0
 :fail
 echo Stopped half-way. The undo script takes back what was set.
 exit /b 1
-"""
-OPEN_OWA = """\
-rem Reached by plain HTTP, /owa redirects by itself. Under Extended Protection it must not be reached so.
-%APPCMD% list config "%SITE%/owa" -section:system.webServer/security/authentication/windowsAuthentication \
-| findstr /i /r "tokenChecking=.Allow. tokenChecking=.Require."
-if errorlevel 1 %APPCMD% set config "%SITE%/owa" -section:access -sslFlags:None -commit:apphost || goto fail
 """
 # IIS 5 and 6: not iisreset, which can lose metabase changes (Q286196).
 RESTART = """\
@@ -869,7 +875,11 @@ rem Two plain directories, which are not in that list.
 for %%D in (aspnet_client owa/auth) do >>"%KEEP%\\vdirs.txt" echo %SITE%/%%D
 for /f "usebackq delims=" %%V in ("%KEEP%\\vdirs.txt") do call :keep "%%V" || goto fail
 %APPCMD% set config "%SITE%" -section:access -sslFlags:None -commit:apphost || goto fail
-{open_owa}%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:true -destination:"{url}" \
++since2016|rem Reached by plain HTTP, /owa redirects by itself. Under Extended Protection it must not be reached so.
++since2016|%APPCMD% list config "%SITE%/owa" -section:system.webServer/security/authentication/windowsAuthentication \
+| findstr /i /r "tokenChecking=.Allow. tokenChecking=.Require."
++since2016|if errorlevel 1 %APPCMD% set config "%SITE%/owa" -section:access -sslFlags:None -commit:apphost || goto fail
+%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:true -destination:"{url}" \
 -childOnly:true -httpResponseStatus:{status_name} -commit:apphost || goto fail
 iisreset /noforce
 """ + END_7 + """\
@@ -893,8 +903,12 @@ exit /b
     "403.4": BEGIN_7 + """\
 for %%P in ("%SITE%" "%SITE%/owa") do %APPCMD% list config %%P -section:access | findstr Ssl || \
 echo %%P does not require SSL: it will not answer 403.4.
-{error_page}%APPCMD% set config "%SITE%" -section:system.webServer/httpErrors \
-/+"[statusCode='403',subStatusCode='4',path='{error_path}',responseMode='{mode}']" /commit:apphost || goto fail
++exchange2007|>"%KEEP%\\owahttps.htm" echo ^<meta http-equiv="refresh" content="0;url={url}"^>\
+^<a href="{url}"^>{url}^</a^>
++exchange2007|set "PAGE=path='%KEEP%\\owahttps.htm',responseMode='File'"
+-exchange2007|set "PAGE=path='{url}',responseMode='Redirect'"
+%APPCMD% set config "%SITE%" -section:%SECTION% /+"[statusCode='403',subStatusCode='4',%PAGE%]" /commit:apphost \
+|| goto fail
 """ + END_7,
     "article": CMD + """\
 if exist "%KEEP%\\before.txt" echo %KEEP%\\before.txt is there: run the undo script first.& exit /b 1
@@ -907,7 +921,8 @@ for /f "tokens=1,* delims= " %%A in ('findstr /b /c:"::a " "%~f0"') do >>"%KEEP%
 cscript //nologo "%KEEP%\\metabase.vbs" set "%KEEP%\\page.asp" > "%KEEP%\\before.txt"
 type "%KEEP%\\before.txt"
 findstr /x /c:"done" "%KEEP%\\before.txt" >nul || exit /b 1
-{allow_asp}""" + RESTART + """\
++iis6|cscript //nologo %windir%\\system32\\iisext.vbs /EnFile %windir%\\system32\\inetsrv\\asp.dll
+""" + RESTART + """\
 exit /b 0
 ::v ' Merges one entry into the custom errors of the {folder} folder; the others stay as they are.
 ::v Option Explicit
@@ -928,7 +943,8 @@ exit /b 0
 ::v   On Error GoTo 0
 ::v   page.AccessSSL = False
 ::v   page.SetInfo
-{pool}::v   Merge "403,4,URL,/owaasp/owahttps.asp"
++iis6|::v   page.AppCreate3 2, node.AppPoolId, False
+::v   Merge "403,4,URL,/owaasp/owahttps.asp"
 ::v   node.AccessSSL = True   ' where 128-bit is required, also: node.AccessSSL128 = True
 ::v Else
 ::v   list = root.HttpErrors
@@ -952,7 +968,7 @@ exit /b 0
 ::v End Function
 {page}"""}
 UNDO = {
-    "redirect": CMD_7 + """\
+    "redirect": CMD + """\
 if not exist "%KEEP%\\sslflags.txt" echo Nothing to undo.& exit /b 1
 %APPCMD% set config "%SITE%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
 for /f "usebackq tokens=1,* delims=*" %%A in ("%KEEP%\\sslflags.txt") do \
@@ -962,7 +978,7 @@ iisreset /noforce
 rem A web.config that IIS Manager (not this script) left here can freeze Outlook's Send and Receive: delete it.
 if exist "%ExchangeInstallPath%ClientAccess\\OAB\\web.config" dir "%ExchangeInstallPath%ClientAccess\\OAB\\web.config"
 """,
-    "403.4": CMD_7 + """\
+    "403.4": CMD + """\
 %APPCMD% set config "%SITE%" -section:system.webServer/httpErrors /-"[statusCode='403',subStatusCode='4']" \
 /commit:apphost
 """,
@@ -975,8 +991,11 @@ move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
 rem The Owaasp directory stays, and so does the permission to run ASP.
 """ + RESTART}
 VERIFY = """\
-{only}From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
-By https, as before: {still}.
++redirect|Only http://{host}/ leads to https; check finds the other paths critical.
+From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
++article|By https, as before: Public, OMA, ActiveSync, Exchange System Manager.
+-article|By https, as before: OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell
+-article|(PowerShell).
 """
 STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
 
@@ -984,50 +1003,31 @@ STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedi
 def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
     """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
     later ones by `method`, "redirect" (Microsoft's procedure) or "403.4" (what became of the article's)."""
-    iis, marks = EXCHANGE[name]
-    method = "article" if "A" in marks else method
-    page = asp_page(rule, http_port) if method == "article" else ""
+    iis, peculiar = EXCHANGE[name]
     folder = rule.path.split("/")[1]
-    if not folder:
-        raise RuleError("%s needs a virtual directory in --path, such as /owa: / would lead to itself" % name)
-    if method != "article":
-        statuses = (302,) if method == "403.4" else (301, 302, 307, 308) if "8" in marks else (301, 302, 307)
-        for wrong, reason in ((not rule.host, "redirects to an absolute address: give --host"),
-                              (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
-                              (rule.allow_hosts or rule.health or rule.acme_dir,
-                               "cannot do --allow-host, --health or --acme-dir"), (http_port != 80, "is for port 80"),
-                              (rule.status not in statuses, "with method %s has status %s alone" % (
-                                  method, " or ".join(map(str, statuses))))):
-            if wrong:
-                raise RuleError("%s %s" % (name, reason))
-    url, file = rule.location("SERVER_NAME", "/"), "F" in marks
+    _refuse(name, (not folder, "needs a virtual directory in --path, such as /owa: / would lead to itself"))
+    page = ""
+    if "article" in peculiar:
+        method, page = "article", asp_page(rule, http_port)
+    else:
+        statuses = {301, 302, 307, 308} if "since2016" in peculiar else {301, 302, 307}
+        statuses &= {302} if method == "403.4" else statuses
+        _refuse(name, (not rule.host, "redirects to an absolute address: give --host"),
+                (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
+                (rule.allow_hosts or rule.health or rule.acme_dir, "cannot do --allow-host, --health or --acme-dir"),
+                (http_port != 80, "is for port 80"),
+                (rule.status not in statuses,
+                 "with method %s has status %s alone" % (method, " or ".join(map(str, sorted(statuses))))))
+    marks = [name, method] + peculiar.split()
     values = dict(
-        name=name, iis=iis, method=method, url=url, path=rule.path, http_port=http_port, site=site, status=rule.status,
-        folder="Exchange" if folder == "exchange" else folder, host=rule.host or "HOST",
-        status_name=STATUS_NAMES[rule.status], open_owa=OPEN_OWA if "O" in marks else "",
-        only="Only http://%s/ leads to https; check finds the other paths critical.\n" % (rule.host or "HOST")
-             if method == "redirect" else "",
-        but_owa=" except owa (under Extended Protection, owa too)" if "O" in marks else "",
-        module="HttpRedirectionModule" if method == "redirect" else "CustomErrorModule",
-        section="httpRedirect" if method == "redirect" else "httpErrors",
-        present="enabled=.true." if method == "redirect" else "statusCode=.403. subStatusCode=.4.",
-        error_path="%SystemDrive%\\owahttps\\owahttps.htm" if file else url, mode="File" if file else "Redirect",
-        action="Insert content from static file into the error response" if file else "Respond with a 302 redirect",
-        pool="::v   page.AppCreate3 2, node.AppPoolId, False\n" if "P" in marks else "",
-        allow_asp="cscript //nologo %windir%\\system32\\iisext.vbs /EnFile %windir%\\system32\\inetsrv\\asp.dll\n"
-                  if "P" in marks else "",
-        page="".join("::a %s\n" % line for line in page.splitlines()), check_options=options(rule),
-        colon_port="" if http_port == 80 else ":%d" % http_port,
-        still="Public, OMA, ActiveSync, Exchange System Manager" if method == "article" else
-              "OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell (PowerShell)")
-    values["error_page"] = ('>"%s" echo ^<meta http-equiv="refresh" content="0;url=%s"^>^<a href="%s"^>%s^</a^>\n'
-                            % (values["error_path"], url, url, url)) if file else ""
-    caveats = "".join(CAVEATS[mark] + "\n" for mark in marks)
-    parts = [("about", ABOUT[method] + re.sub("(?m)^(?=[^ ])", " - ", caveats).replace("\n  ", "\n   "), ""),
-             ("steps", STEPS[method] + (IIS6_STEPS if "P" in marks else ""), ""), ("verify", VERIFY, ""),
+        name=name, iis=iis, method=method, url=rule.location("SERVER_NAME", "/"), path=rule.path, status=rule.status,
+        folder="Exchange" if folder == "exchange" else folder, host=rule.host or "HOST", http_port=http_port, site=site,
+        status_name=STATUS_NAMES[rule.status], page="".join("::a %s\n" % line for line in page.splitlines()),
+        check_options=options(rule), colon_port="" if http_port == 80 else ":%d" % http_port)
+    parts = [("about", ABOUT, ""), ("steps", STEPS[method], ""), ("verify", VERIFY, ""),
              ("script", SCRIPT[method], "owahttps.cmd"), ("undo", UNDO[method], "owahttps-undo.cmd")]
-    return ([Part("asp", page, "Owahttps.asp", "\r\n")] if page else []) + [
-        Part(part, text.format(**values), file, "\r\n") for part, text, file in parts]
+    return [Part("asp", page, "Owahttps.asp")] * bool(page) + [
+        Part(part, _fill(text, marks, values), file) for part, text, file in parts]
 
 
 # The other servers: what a Host may be there (an address is not looked at closely), the ACME paths, and a token's path.
@@ -1041,47 +1041,47 @@ server {{
     listen {port} default_server;
     listen [::]:{port} default_server;
     # No server_name: it would become the $host of a request without one.
-+health    location = {health} {{ return 200; }}
-+acme_dir    location ~ "{token}" {{ disable_symlinks on "from={acme_dir}"; alias "{acme_dir}/$1"; }}
++health|    location = {health} {{ return 200; }}
++acme_dir|    location ~ "{token}" {{ disable_symlinks on "from={acme_dir}"; alias "{acme_dir}/$1"; }}
     location / {{
         # $host is in lower case, without port and last dot, but nginx lets @ # ? % and the like pass.
         if ($host !~ "^({names}){optional}$") {{ return {refusal}; }}
         # A proxy that already speaks HTTPS: a redirect would loop.
         if ($http_x_forwarded_proto ~* ^https) {{ return 421; }}
-+acme_path        if ($request_uri ~ ^{acme}) {{ return {status} {origin}$request_uri; }}
-+keep_path        return {status} {origin}$request_uri;
--keep_path        return {status} {origin}{path};
++acme_path|        if ($request_uri ~ ^{acme}) {{ return {status} {origin}$request_uri; }}
++keep_path|        return {status} {origin}$request_uri;
+-keep_path|        return {status} {origin}{path};
     }}
 }}
 """
 APACHE = """\
 # /etc/apache2/sites-available/owahttps.conf; then: a2enmod rewrite; a2ensite owahttps; systemctl reload apache2
 # Let no other default site be left: a2dissite 000-default
-+listen Listen {port}
++listen|Listen {port}
 <VirtualHost *:{port}>
     # Else %2F is 404.
     AllowEncodedSlashes NoDecode
     RewriteEngine on
     RewriteCond %{{REQUEST_METHOD}} ^(CONNECT|TRACE)$
     RewriteRule ^ - [R=405]
-+health    ErrorDocument 200 "OK"
-+health    RewriteRule ^{health}$ - [R=200]
-+acme_dir    RewriteRule {token} "{acme_dir}/$1" [L]
-+acme_dir    <Directory "{acme_dir}">
-+acme_dir        Options None
-+acme_dir        Require all granted
-+acme_dir    </Directory>
++health|    ErrorDocument 200 "OK"
++health|    RewriteRule ^{health}$ - [R=200]
++acme_dir|    RewriteRule {token} "{acme_dir}/$1" [L]
++acme_dir|    <Directory "{acme_dir}">
++acme_dir|        Options None
++acme_dir|        Require all granted
++acme_dir|    </Directory>
     # A proxy that already speaks HTTPS: a redirect would loop.
     RewriteCond %{{HTTP:X-Forwarded-Proto}} ^https [NC]
     RewriteRule ^ - [R=421]
     RewriteCond %{{HTTP_HOST}} !^({names}){optional}\\.?(:[0-9]+)?$ [NC]
     RewriteRule ^ - [R={refusal}]
     # SERVER_NAME is the Host in lower case, without port and last dot; THE_REQUEST is never decoded.
-+keep_path    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?(/[^? ]*)?" [NC]
-+keep_path    RewriteRule ^ {origin}%1 [NE,L,R={status}]
-+acme_path    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({acme}[^? ]*)" [NC]
-+acme_path    RewriteRule ^ {origin}%1 [NE,L,R={status}]
--keep_path    RewriteRule ^ {origin}{path} [QSD,L,R={status}]
++keep_path|    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?(/[^? ]*)?" [NC]
++keep_path|    RewriteRule ^ {origin}%1 [NE,L,R={status}]
++acme_path|    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({acme}[^? ]*)" [NC]
++acme_path|    RewriteRule ^ {origin}%1 [NE,L,R={status}]
+-keep_path|    RewriteRule ^ {origin}{path} [QSD,L,R={status}]
 </VirtualHost>
 """
 HAPROXY = """\
@@ -1095,7 +1095,7 @@ frontend owahttps
     timeout client 10s
     log stdout format raw daemon
     option httplog
-+health    monitor-uri {health}
++health|    monitor-uri {health}
     http-request deny deny_status 405 if METH_CONNECT or METH_TRACE
     # A proxy that already speaks HTTPS: a redirect would loop.
     http-request deny deny_status 421 if {{ req.hdr(x-forwarded-proto) -i -m beg https }}
@@ -1103,9 +1103,9 @@ frontend owahttps
     http-request set-var(txn.host) req.fhdr(host),host_only,regsub(\\.$,)
     http-request deny deny_status {refusal} unless {{ var(txn.host) -m reg '^({names})$' }}
     http-request deny deny_status 400 unless {{ path_beg / }}
-+acme_path    http-request redirect code {status} location {origin}%[pathq] if {{ path_beg {acme_prefix} }}
-+keep_path    http-request redirect code {status} location {origin}%[pathq]
--keep_path    http-request redirect code {status} location {origin}{path}
++acme_path|    http-request redirect code {status} location {origin}%[pathq] if {{ path_beg {acme_prefix} }}
++keep_path|    http-request redirect code {status} location {origin}%[pathq]
+-keep_path|    http-request redirect code {status} location {origin}{path}
 """
 CADDY = """\
 # Caddyfile
@@ -1115,22 +1115,22 @@ http://:{port} {{
 \troute {{
 \t\t@never method CONNECT TRACE
 \t\trespond @never 405
-+health\t\trespond {health} 200
-+acme_dir\t\t@acme path_regexp acme `{token}`
-+acme_dir\t\thandle @acme {{
-+acme_dir\t\t\troot * "{acme_dir}"
-+acme_dir\t\t\trewrite * /{{re.acme.1}}
-+acme_dir\t\t\tfile_server
-+acme_dir\t\t}}
++health|\t\trespond {health} 200
++acme_dir|\t\t@acme path_regexp acme `{token}`
++acme_dir|\t\thandle @acme {{
++acme_dir|\t\t\troot * "{acme_dir}"
++acme_dir|\t\t\trewrite * /{{re.acme.1}}
++acme_dir|\t\t\tfile_server
++acme_dir|\t\t}}
 \t\t# A proxy that already speaks HTTPS: a redirect would loop.
 \t\t@loop header_regexp X-Forwarded-Proto (?i)^https
 \t\trespond @loop 421
 \t\t# Not {{host}}: it has no brackets round IPv6 and may hold @ # ? %
 \t\t@host header_regexp host Host `(?i)^({names})\\.?(:[0-9]+)?$`
 \t\troute @host {{
-+acme_path\t\t\tredir {acme_prefix}* {origin}{{uri}} {status}
-+keep_path\t\t\tredir {origin}{{uri}} {status}
--keep_path\t\t\tredir {origin}{path} {status}
++acme_path|\t\t\tredir {acme_prefix}* {origin}{{uri}} {status}
++keep_path|\t\t\tredir {origin}{{uri}} {status}
+-keep_path|\t\t\tredir {origin}{path} {status}
 \t\t}}
 \t\trespond {refusal}
 \t}}
@@ -1184,20 +1184,21 @@ SERVERS = {"nginx": ("nginx 1.18 or newer", NGINX, "owahttps.conf", "$host"),
 
 
 def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
-    """The recipe of another server; a template's line that begins with +FIELD is for a rule with it, -FIELD without."""
+    """The recipe of another server; the fields that a rule has are the marks of its lines."""
     _, template, file, requested = SERVERS[name]
-    if rule.acme_dir and name == "haproxy":
-        raise RuleError("HAProxy serves no files: leave --acme-dir out, and serve the tokens on the HTTPS side")
-    if rule.acme_dir and not re.fullmatch(r"/[A-Za-z0-9._~/-]*", rule.acme_dir):
-        raise RuleError("--acme-dir %a: a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /" % rule.acme_dir)
+    _refuse("--acme-dir %a:" % rule.acme_dir,
+            (rule.acme_dir and name == "haproxy", "HAProxy serves no files: serve the tokens on the HTTPS side"),
+            (not re.fullmatch(r"(/[A-Za-z0-9._~/-]*)?", rule.acme_dir),
+             "a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /"))
+    fields = rule._asdict()
+    marks = {field for field in fields if fields[field]}
+    marks |= {"listen"} if http_port != 80 else set()
+    marks |= set() if rule.keep_path or rule.acme_dir else {"acme_path"}
     values = dict(
-        rule._asdict(), port=http_port, names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
+        fields, port=http_port, names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
         refusal=421 if rule.allow_hosts else 400, optional="?" if rule.host else "", acme_prefix=ACME_PREFIX,
         acme=ACME_PATTERN, token=TOKEN_PATTERN, origin="https://" + rule.authority(requested), options=options(rule))
-    chosen = dict(rule._asdict(), acme_path=not (rule.keep_path or rule.acme_dir), listen=http_port != 80)
-    text = re.sub(r"(?m)^([+-])([a-z_]+)(?: \b)?(.*\n)",
-                  lambda line: line.group(3) if bool(chosen[line.group(2)]) == (line.group(1) == "+") else "", template)
-    return [Part("file", text.format(**values), file)]
+    return [Part("file", _fill(template, marks, values), file)]
 
 
 RECIPES = {name: "Exchange %s on IIS %s" % (name[8:].lstrip("-").upper(), EXCHANGE[name][0]) for name in EXCHANGE}
@@ -1298,14 +1299,15 @@ class StubServer(_ThreadingServer):
     story() tells what happened before, for the page: [(sentence, detail), ...].
     """
 
-    def __init__(self, server_address: Tuple[str, int], certificate: str = "", key: str = "",
+    def __init__(self, server_address: Tuple[str, int], certificate: Optional[str] = None,
+                 key: Optional[str] = None,
                  story: Callable[[], List[Tuple[str, str]]] = list) -> None:
         self.story = story
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
             self.fields: List[Tuple[str, str]] = []
             try:
-                self.context.load_cert_chain(certificate, key or None)
+                self.context.load_cert_chain(certificate, key)
             except OSError as error:
                 raise RuleError("--cert %a, --key %a: %s" % (certificate, key, error.strerror or error)) from None
         else:
@@ -2040,71 +2042,146 @@ def _next_free(make: Callable[[int], Any], port: int) -> Any:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
+# Each command: what it does; its options, a row each ("NAME..." is taken more than once, "=80" is a default); the rest
+# of its --help.  An option of the rule that is not given is not set: its default stands in RedirectRule alone.
+RULE_OPTIONS = """\
+--path PATH             where everybody lands ({0.path})
+--keep-path             keep the path and query of the request instead
+--host NAME             lead to this name instead of the requested one
+--https-port PORT       lead to this port ({0.https_port})
+--status CODE           301, 302, 307 or 308 ({0.status})
+--allow-host NAME...    redirect this name only; may be repeated
+--acme-dir DIR          serve ACME http-01 token files from here
+--health PATH           answer 200 here, for health checks
+""".format(RedirectRule())
+USAGE = {"serve": """\
+Redirect plain HTTP to HTTPS, until a signal.
+
+--bind ADDR             listen on this address (all, IPv6 and IPv4)
+--port PORT=80          listen on this port; 0 is a free one
+--user NAME             become this user once the port is bound
+--max-connections N     cap (from the file descriptor limit)
+--quiet                 no access log
+
+The access log goes to standard output in Combined Log Format; everything else to standard error.
+examples:
+  sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
+  owahttps.py serve --port 8080 --keep-path --status 308
+""", "generate": """\
+Print the rule for a server to follow: files, steps and scripts.
+
+RECIPE=exchange2000     one of --list
+--list                  say in a line what each recipe is for
+--asp                   print the ASP page alone
+--steps                 print the steps to click alone
+--script                print the commands that do the same alone
+--undo                  print the commands that take it back alone
+--write DIR             write the files there instead, never over one that differs
+--method METHOD=redirect  Exchange 2007 and later: redirect, Microsoft's HTTP Redirect, or 403.4, the article's
+--site NUMBER=1         IIS 5 and 6: the Web site's number
+--http-port PORT=80     the port of plain HTTP
+
+examples:
+  owahttps.py generate                                     the article: ASP page and IIS steps
+  owahttps.py generate --asp > Owahttps.asp                the page alone
+  owahttps.py generate exchange2019 --host mail.example.com --path /owa --script > owahttps.cmd
+  owahttps.py generate nginx --keep-path --status 308
+""", "selftest": """\
+Prove the redirect, end to end and case by case.
+
+--against URL           send the cases to this redirect server instead
+--quiet                 print failures and the count alone
+
+Exit 0: all passed, 1: not all.
+examples:
+  owahttps.py selftest
+  owahttps.py selftest --against http://127.0.0.1:8080 --keep-path
+""", "check": """\
+Is port 80 of these sites handled right?
+
+TARGET...               host name, host:port or http URL
+--ca-file FILE          trust these authorities, not the system's
+--connect HOST:PORT     ask there, for the same name
+-4, --ipv4              IPv4 alone
+-6, --ipv6              IPv6 alone
+--timeout SECONDS=10    for each request
+--json                  one JSON object a target
+--quiet                 print warnings and worse alone
+
+Exit 0: ok, 1: warning, 2: critical, 3: could not tell, or wrong usage.
+examples:
+  owahttps.py check mail.example.com
+  owahttps.py check --path /owa --connect 192.0.2.7:80 mail.example.com
+""", "demo": """\
+Show the redirect in a browser, on this machine alone.
+
+--port PORT=8080        of plain HTTP, or the next that is free
+--https-port PORT=8443  of HTTPS, or the next that is free
+--open                  open the browser
+--before                answer plain HTTP as IIS does before the cure
+--cert FILE             your own certificate for the stub
+--key FILE              and its key, if that is another file
+
+examples:
+  owahttps.py demo --open
+  owahttps.py demo --before           the problem instead: 403.4
+"""}
+LEFT_OUT = {"check": ("--allow-host", "--acme-dir", "--health"),
+            "demo": ("--host", "--https-port", "--allow-host", "--acme-dir", "--health")}
+
+
 class Failure(Exception):
     """What could not be done, and what to do, in one line: exit 1."""
 
 
 class _Parser(argparse.ArgumentParser):
-    words: List[str] = []  # every command and option
-    usage_exit = 2          # 3 for check
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        self.words.extend([name for name in names if name.startswith("--")] + list(settings.get("choices", ())))
-        return super().add_argument(*names, **settings)
-
     def error(self, message: str) -> Any:
         """One line, with the word that was probably meant."""
         wrong = re.search(r"invalid choice: '([^']+)'|unrecognized arguments: (--[^ =]+)", message)
         if wrong:
             import difflib
-            near = difflib.get_close_matches(wrong.group(1) or wrong.group(2), self.words, 1)
+            words = re.findall("--[a-z-]+", RULE_OPTIONS + str(USAGE)) + list(USAGE) + list(RECIPES)
+            near = difflib.get_close_matches(wrong.group(1) or wrong.group(2), words, 1)
             message = message.partition(" (choose")[0] + (": did you mean %s?" % near[0] if near else "")
-            if wrong.group(2) in self.words:
+            if wrong.group(2) in words:
                 message = "%s does not belong there" % wrong.group(2)
-        self.exit(self.usage_exit, "%s: %s (--help lists what there is)\n" % (self.prog, message))
+        raise RuleError(message + " (--help lists what there is)")
+
+
+def _number(low: float, high: float) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        kind = type(low)
+        if re.fullmatch(r"[0-9]{1,9}" + r"(\.[0-9]+)?" * (kind is float), text) and low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError("%a is not a number from %s to %s" % (text, low, high))
+    return number
+
+
+VALUES: Dict[str, Dict[str, Any]] = {       # what an option takes, where that is not any text
+    "RECIPE": {"choices": list(RECIPES)}, "--method": {"choices": ("redirect", "403.4")},
+    "--port": {"type": _number(0, 65535)}, "--https-port": {"type": _number(0, 65535)},
+    "--http-port": {"type": _number(1, 65535)}, "--status": {"type": int}, "--site": {"type": _number(1, 10 ** 9)},
+    "--max-connections": {"type": _number(1, 500 if sys.platform == "win32" else 10 ** 6)},
+    "--timeout": {"type": _number(0.1, 9999.0)}}
+
+
+def _add_options(parser: Any, rows: str, unset: Optional[str] = None) -> None:
+    row = r"(?m)^(-\w, )?(\S+?)(?: ([A-Z:]+))?(\.\.\.)?(?:=(\S+))? +(.+)$"
+    for short, name, metavar, many, default, text in re.findall(row, rows):
+        settings = dict(VALUES.get(name, {}), help=text + (" (%s)" % default if default else ""))
+        if name.isupper():
+            parser.add_argument(name.lower(), metavar=name, nargs="+" if many else "?", default=default, **settings)
+        elif metavar:
+            parser.add_argument(name, metavar=metavar, dest=name[2:].replace("-", "_") + "s" * bool(many),
+                                action="append" if many else "store", default=default or unset, **settings)
+        else:
+            parser.add_argument(*filter(None, (short[:2], name)), action="store_true", default=unset, **settings)
 
 
 def _rule_fields(args: argparse.Namespace) -> Dict[str, Any]:
     """The fields of RedirectRule that the command line names."""
     return {name: tuple(value) if name == "allow_hosts" else value
             for name, value in vars(args).items() if name in RedirectRule._fields}
-
-
-def _number(low: int, high: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError("%a is not a number from %d to %d" % (text, low, high))
-        return int(text)
-    return number
-
-
-_port = _number(0, 65535)
-
-
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]+)?", text) or not float(text):
-        raise argparse.ArgumentTypeError("%a is not a number of seconds (0.1 to 9999)" % text)
-    return float(text)
-
-
-def _add_rule(parser: argparse.ArgumentParser, without: Tuple[str, ...] = ()) -> None:
-    """The rule's options; one that is not given is not set, so that its default stands in RedirectRule alone."""
-    group, default = parser.add_argument_group("the rule"), RedirectRule()
-
-    def add(option: str, text: str, **settings: Any) -> None:
-        if option not in without:
-            group.add_argument(option, help=text, default=argparse.SUPPRESS, **settings)
-    add("--path", "where everybody lands (%s)" % default.path)
-    add("--keep-path", "keep the path and query of the request instead", action="store_true")
-    add("--host", "lead to this name instead of the requested one", metavar="NAME")
-    add("--https-port", "lead to this port (%d)" % default.https_port, type=_port, metavar="PORT")
-    add("--status", "301, 302, 307 or 308 (%d)" % default.status, type=int, metavar="CODE")
-    add("--allow-host", "redirect this name only; may be repeated", dest="allow_hosts", action="append", metavar="NAME")
-    add("--acme-dir", "serve ACME http-01 token files from here", metavar="DIR")
-    add("--health", "answer 200 here, for health checks", metavar="PATH")
 
 
 def _say(text: str) -> None:
@@ -2183,10 +2260,10 @@ def command_serve(args: argparse.Namespace) -> int:
             if fd == 1:
                 _say("standard output is closed: no access log")
     try:
-        server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
+        server = RedirectServer(((args.bind or "").strip("[]"), args.port), rule=rule,
                                 max_connections=args.max_connections or _connection_cap())
     except OSError as error:
-        raise Failure(_bind_trouble(error, args.bind, args.port)) from None
+        raise Failure(_bind_trouble(error, args.bind or "", args.port)) from None
     with server:
         if args.user:
             try:
@@ -2222,7 +2299,8 @@ def _write_files(folder: str, parts: List[Part]) -> None:
         raise Failure("--write %a is not a folder" % folder)
     for part in parts:
         if part.file:
-            path, data = os.path.join(folder, part.file), part.text.replace("\n", part.newline).encode("ascii")
+            newline = "\n" if part.name == "file" else "\r\n"        # Windows' own
+            path, data = os.path.join(folder, part.file), part.text.replace("\n", newline).encode("ascii")
             try:
                 with open(path, "xb") as file:
                     file.write(data)
@@ -2239,17 +2317,18 @@ def command_generate(args: argparse.Namespace) -> int:
             print("%-14s%s" % (name, what))
         return 0
     fields = _rule_fields(args)
-    if args.recipe in EXCHANGE and "A" not in EXCHANGE[args.recipe][1]:
+    if args.recipe in EXCHANGE and "article" not in EXCHANGE[args.recipe][1]:
         fields.setdefault("path", "/owa")       # since Exchange 2007
     rule = RedirectRule(**fields)
     if args.recipe in EXCHANGE:
         parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
     else:
         parts = server_recipe(args.recipe, rule, args.http_port)
-    if args.parts:
-        parts = [part for part in parts if part.name in args.parts]
+    asked = [name for name in ("asp", "steps", "script", "undo") if getattr(args, name)]
+    if asked:
+        parts = [part for part in parts if part.name in asked]
         if not parts:
-            raise RuleError("%s has no such part: %s" % (args.recipe, ", ".join(args.parts)))
+            raise RuleError("%s has no such part: %s" % (args.recipe, ", ".join(asked)))
     if args.write:
         _write_files(args.write, parts)
         return 0
@@ -2291,42 +2370,38 @@ def command_check(args: argparse.Namespace) -> int:
     from concurrent.futures import ThreadPoolExecutor, wait
     import json
     fields, trust = _rule_fields(args), {"cafile": args.ca_file} if args.ca_file else {}
-    if args.ca_file:
-        try:
-            ssl.create_default_context(**trust)
-        except OSError as error:
-            raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
+    try:
+        ssl.create_default_context(**trust)
+    except OSError as error:
+        raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
+    if args.ipv4 and args.ipv6:
+        raise RuleError("-4 and -6 together leave no address: give one of them")
+    family = socket.AF_INET if args.ipv4 else socket.AF_INET6 if args.ipv6 else 0
     RedirectRule(**fields)
-    for target in filter(None, args.targets + [args.connect]):
+    for target in filter(None, args.target + [args.connect]):
         _site(target)
-    worst = "ok"
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(check, target, fields, args.connect, args.family, trust, args.timeout)
-                   for target in args.targets]
+        waiting = [pool.submit(check, target, fields, args.connect or "", family, trust, args.timeout)
+                   for target in args.target]
         while sys.stderr.isatty() and wait(waiting, 1).not_done:
             done = sum(future.done() for future in waiting)
             print("%d of %d checked" % (done, len(waiting)), end="\r", file=sys.stderr, flush=True)
-        if sys.stderr.isatty():
-            print(" " * 30, end="\r", file=sys.stderr)
-        for future in waiting:
-            report = future.result()
-            worst = max(worst, report.severity, key=SEVERITIES.index)
-            if args.json:
-                print(json.dumps(dict(report._asdict(), hops=[hop._asdict() for hop in report.hops],
-                                      findings=[finding._asdict() for finding in report.findings])))
-                continue
-            if args.quiet and report.severity in ("ok", "note"):
-                continue
+        reports = [future.result() for future in waiting]
+    shown = SEVERITIES[2 * bool(args.quiet):]
+    for report in reports:
+        if args.json:
+            print(json.dumps(dict(report._asdict(), hops=[hop._asdict() for hop in report.hops],
+                                  findings=[finding._asdict() for finding in report.findings])))
+        elif report.severity in shown:
             _line(report.severity, _log_escape(report.target))
-            if not args.quiet:
-                for hop in report.hops:
-                    arrow = " -> " + hop.location if hop.location else ""
-                    print("  %4d ms  %3s  %s%s" % (hop.milliseconds, hop.status or "-", hop.url, arrow))
+            for hop in () if args.quiet else report.hops:
+                arrow = " -> " + hop.location if hop.location else ""
+                print("  %4d ms  %3s  %s%s" % (hop.milliseconds, hop.status or "-", hop.url, arrow))
             for finding in report.findings:
-                if not args.quiet or finding.severity not in ("ok", "note"):
+                if finding.severity in shown:
                     print("  ", end="")
                     _line(finding.severity, finding.id, finding.text)
-    return EXIT_CODES[worst]
+    return EXIT_CODES[max((report.severity for report in reports), key=SEVERITIES.index)]
 
 
 def command_demo(args: argparse.Namespace) -> int:
@@ -2335,7 +2410,7 @@ def command_demo(args: argparse.Namespace) -> int:
         signal.signal(getattr(signal, name), lambda *_: over.set())
     last = _LastRedirect()
     stub = _next_free(lambda port: StubServer(("127.0.0.1", port), args.cert, args.key, last.story),
-                      getattr(args, "https_port", 8443))
+                      args.https_port)
     with running(stub) as (_, https_port):
         rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
         if args.before:
@@ -2360,103 +2435,33 @@ def command_demo(args: argparse.Namespace) -> int:
 
 
 def build_parser() -> _Parser:
-    parser = _Parser(prog="owahttps.py", description=__doc__)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="owahttps.py", description=__doc__, formatter_class=layout)
     parser.add_argument("--version", action="version", version="owahttps " + __version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, examples: str) -> _Parser:
-        command: _Parser = commands.add_parser(name, help=help, description=help, epilog=examples)
-        _Parser.words.append(name)
-        command.set_defaults(run=run)
-        return command
-
-    command = add("serve", command_serve, "Redirect plain HTTP to HTTPS, until a signal.", """\
-The access log goes to standard output in Combined Log Format; everything else to standard error.
-examples:
-  sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
-  owahttps.py serve --port 8080 --keep-path --status 308""")
-    command.add_argument("--bind", metavar="ADDR", default="", help="listen on this address (all, IPv6 and IPv4)")
-    command.add_argument("--port", type=_port, default=80, help="listen on this port (80); 0: a free one")
-    command.add_argument("--user", metavar="NAME", default="", help="become this user once the port is bound")
-    command.add_argument("--max-connections", type=_number(1, 500 if sys.platform == "win32" else 10 ** 6), metavar="N",
-                         help="cap (from the file descriptor limit)")
-    command.add_argument("--quiet", action="store_true", help="no access log")
-    _add_rule(command)
-
-    command = add("generate", command_generate, "Print the rule for a server to follow: files, steps and scripts.", """\
-examples:
-  owahttps.py generate                                     the article: ASP page and IIS steps
-  owahttps.py generate --asp > Owahttps.asp                the page alone
-  owahttps.py generate exchange2019 --host mail.example.com --path /owa --script > owahttps.cmd
-  owahttps.py generate nginx --keep-path --status 308""")
-    command.add_argument("recipe", metavar="RECIPE", nargs="?", default="exchange2000", choices=list(RECIPES),
-                         help="one of --list (exchange2000)")
-    command.add_argument("--list", action="store_true", help="say in a line what each recipe is for")
-    for part, text in (("asp", "the ASP page"), ("steps", "the steps to click"),
-                       ("script", "the commands that do the same"), ("undo", "the commands that take it back")):
-        command.add_argument("--" + part, dest="parts", action="append_const", const=part, help="print %s alone" % text)
-    command.add_argument("--write", metavar="DIR", help="write the files there instead, never over one that differs")
-    command.add_argument("--method", choices=("redirect", "403.4"), default="redirect",
-                         help="Exchange 2007 and later: Microsoft's HTTP Redirect, or the article's 403.4 (redirect)")
-    command.add_argument("--site", type=_number(1, 10 ** 9), default=1, metavar="N",
-                         help="IIS 5 and 6: the Web site's number (1)")
-    command.add_argument("--http-port", type=_number(1, 65535), default=80, metavar="PORT",
-                         help="the port of plain HTTP (80)")
-    _add_rule(command)
-
-    command = add("selftest", command_selftest, "Prove the redirect, end to end and case by case.", """\
-Exit 0: all passed, 1: not all.
-examples:
-  owahttps.py selftest
-  owahttps.py selftest --against http://127.0.0.1:8080 --keep-path""")
-    command.add_argument("--against", metavar="URL", help="send the cases to this redirect server instead")
-    command.add_argument("--quiet", action="store_true", help="print failures and the count alone")
-    _add_rule(command)
-
-    command = add("check", command_check, "Is port 80 of these sites handled right?", """\
-Exit 0: ok, 1: warning, 2: critical, 3: could not tell, or wrong usage.
-examples:
-  owahttps.py check mail.example.com
-  owahttps.py check --path /owa --connect 192.0.2.7:80 mail.example.com""")
-    command.add_argument("targets", metavar="TARGET", nargs="+", help="host name, host:port or http URL")
-    command.add_argument("--ca-file", metavar="FILE", default="", help="trust these authorities, not the system's")
-    command.add_argument("--connect", metavar="HOST:PORT", default="", help="ask there, for the same name")
-    either = command.add_mutually_exclusive_group()
-    either.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, default=0, help="IPv4 alone")
-    either.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="IPv6 alone")
-    command.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each request (10)")
-    command.add_argument("--json", action="store_true", help="one JSON object a target")
-    command.add_argument("--quiet", action="store_true", help="print warnings and worse alone")
-    _add_rule(command, without=("--allow-host", "--acme-dir", "--health"))
-
-    command = add("demo", command_demo, "Show the redirect in a browser, on this machine alone.", """\
-examples:
-  owahttps.py demo --open
-  owahttps.py demo --before           the problem instead: 403.4""")
-    command.add_argument("--port", type=_port, default=8080, help="of plain HTTP (8080, or the next that is free)")
-    command.add_argument("--open", action="store_true", help="open the browser")
-    command.add_argument("--before", action="store_true", help="answer plain HTTP as IIS does before the cure")
-    command.add_argument("--cert", metavar="FILE", default="", help="your own certificate for the stub")
-    command.add_argument("--key", metavar="FILE", default="", help="and its key, if that is another file")
-    _add_rule(command, without=("--host", "--allow-host", "--acme-dir", "--health"))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    commands.required = True
+    for name, text in USAGE.items():
+        what, rows, rest = text.split("\n\n", 2)
+        command = commands.add_parser(name, help=what, description=what, epilog=rest, formatter_class=layout)
+        _add_options(command, rows)
+        rows = "".join(row for row in RULE_OPTIONS.splitlines(True) if row.split(" ")[0] not in LEFT_OUT.get(name, ()))
+        _add_options(command.add_argument_group("the rule"), rows, argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
-    _Parser.usage_exit = 3 if argv[:1] == ["check"] else 2
-    args = parser.parse_args(argv)
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 0
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    wrong_usage, failed = (3, 3) if argv[0] == "check" else (2, 1)
+    run = {"serve": command_serve, "generate": command_generate, "selftest": command_selftest, "check": command_check,
+           "demo": command_demo}
     try:
-        code: int = args.run(args)
+        args = build_parser().parse_args(argv)
+        code = run[args.command](args)
         sys.stdout.flush()
         return code
     except ValueError as error:     # RuleError, or a target that is none
         _say("error: %s" % error)
-        return _Parser.usage_exit
+        return wrong_usage
     except Failure as error:
         _say("error: %s" % error)
     except KeyboardInterrupt:
@@ -2468,7 +2473,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             sys.stdout.flush()
         except OSError:         # what is left would fail once more, in the interpreter's own flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 3 if _Parser.usage_exit == 3 else 1
+    return failed
 
 
 if __name__ == "__main__":

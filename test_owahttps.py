@@ -1161,7 +1161,7 @@ def test_write_never_overwrites(tmp_path):
     assert code == 1 and err.count("\n") == 1 and str(page) in err and page.read_bytes() == b"mine"
 
 
-EXCHANGES = [(name, method) for name, (_, marks) in owahttps.EXCHANGE.items() for method in (("",) if "A" in marks else ("redirect", "403.4"))]
+EXCHANGES = [(name, method) for name, (_, marks) in owahttps.EXCHANGE.items() for method in (("",) if "article" in marks else ("redirect", "403.4"))]
 
 
 @pytest.mark.parametrize("name, method", EXCHANGES)
@@ -1979,11 +1979,11 @@ def test_the_readmes_commands_and_options_exist():
     text = readme()
     commands = set(re.findall(r"python3 owahttps\.py ([a-z]+)\b", text))
     assert commands == {"serve", "generate", "check", "selftest", "demo"}
-    every = {command: set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", help_of(command))) for command in commands}
+    every = {command: set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", help_of(command))) for command in commands}
     everywhere = set().union(*every.values())
     others = {"--against", "--cacert", "--version"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others <= everywhere
-    assert everywhere - {"--help"} <= set(re.findall(r"--[a-z][a-z-]+", text))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - others <= everywhere
+    assert everywhere - {"--help"} <= set(re.findall(r"--[a-z][a-z0-9-]+", text))
     for line in re.findall(r"(?m)^\$ .*owahttps\.py (.*?)(?: *#.*| &| >.*)?$", text):
         words = line.split()
         assert {word for word in words if word.startswith("--")} <= every[words[0]], line
