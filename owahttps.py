@@ -45,6 +45,10 @@ __all__ = ["HostError", "RedirectHandler", "RedirectRule", "RedirectServer", "Ru
            "server_name"]
 __version__ = "1.0"
 
+Address = Tuple[str, int]       # host and port, as sockets have it
+Fields = Dict[str, Any]         # those of a rule or of a message, by name
+Story = List[Tuple[str, str]]   # what happened: a sentence and its detail each
+
 
 # ---- The rule --------------------------------------------------------------------------------------------------------
 
@@ -215,7 +219,7 @@ class Answer(NamedTuple):
     token: str          # the ACME token whose file is wanted, if there is such a file
 
 
-def _has_body(fields: Dict[str, str]) -> bool:
+def _has_body(fields: Fields) -> bool:
     """Whether a request's fields announce a body; raises Refusal where they contradict each other (RFC 9112 §6.3)."""
     length = fields.get("content-length", "0")
     if not re.fullmatch("[0-9]+", length):
@@ -225,7 +229,7 @@ def _has_body(fields: Dict[str, str]) -> bool:
     return "transfer-encoding" in fields or length.strip("0") != ""
 
 
-def _target(method: str, target: str, minor: str, fields: Dict[str, str]) -> Tuple[str, str]:
+def _target(method: str, target: str, minor: str, fields: Fields) -> Tuple[str, str]:
     """Server name ("": none was sent) and request target (path and query, or "*"); raises Refusal or HostError."""
     if "host" not in fields and minor != "0":
         raise Refusal(400, "no Host field")
@@ -241,7 +245,7 @@ def _target(method: str, target: str, minor: str, fields: Dict[str, str]) -> Tup
     return name, target
 
 
-def _redirect(name: str, target: str, fields: Dict[str, str], rule: RedirectRule) -> str:
+def _redirect(name: str, target: str, fields: Fields, rule: RedirectRule) -> str:
     """The Location for a request; raises Refusal."""
     if fields.get("x-forwarded-proto", "").partition(",")[0].strip().lower() == "https":
         raise Refusal(421, LOOP)
@@ -265,7 +269,7 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
     """
     text = head.decode("latin-1")
     match = _HEAD.fullmatch(text)
-    fields: Dict[str, str] = {}
+    fields: Fields = {}
     for key, value in _FIELD.findall(text):     # several of one name make a list, RFC 9110 §5.3: two Hosts are no name
         key, value = key.lower(), value.rstrip("\t ")
         fields[key] = fields[key] + ", " + value if key in fields else value
@@ -406,6 +410,11 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
     return None
 
 
+def _error_line(client: str, text: str) -> str:
+    """A line for standard error with the client's address, in a form for fail2ban's <HOST>."""
+    return "[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], client, text)
+
+
 class RedirectHandler(BaseHTTPRequestHandler):
     """Redirects every request of one connection, by the server's `rule`.
 
@@ -424,44 +433,63 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.rule = getattr(self.server, "rule", self.rule)
         self.access_log = getattr(self.server, "access_log", None)
         self.error_log = getattr(self.server, "error_log", None)
-        self.blocking = self.request.gettimeout() != 0
-        self.buffer = self.outgoing = b""
-        self.close_connection = self.idle = self.unread = self.draining = self.over = self.more = False
-        self.events = 0         # that a RedirectServer's selector waits for
         self.last = getattr(self.server, "stopping", False)     # whether no request may follow the next one
         self.client = self.address_string()
+        self.buffer = self.outgoing = b""
+        self.close_connection = self.unread = self.idle = False
         self.deadline = time.monotonic() + self.head_seconds
-        if self.blocking:
+        self._steps = self._serve()
+        if self.request.gettimeout() != 0:
             self.request.settimeout(self.head_seconds)
 
     def finish(self) -> None:
-        """Leave the socket to the server, which closes it when the handler is `over`."""
+        """Leave the socket to the server, which closes it when the handler `waits_for` nothing more."""
 
     def handle(self) -> None:
         self.handle_one_request()
-        while self.blocking and not self.over and time.monotonic() < self.deadline:
+        while self.request.gettimeout() and self.waits_for and time.monotonic() < self.deadline:
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
-        """One step: send what is left to send, or else read once and answer every request that is whole by then."""
+        """Go as far as the bytes go; then waits_for is selectors.EVENT_READ or EVENT_WRITE, or 0 at the end."""
         try:
-            if not self.outgoing:
-                data = b"" if self.more else self.request.recv(8192)
-                if self.draining or (not data and not self.more):
-                    self.drain_bytes -= len(data)
-                    self.over = not data or self.drain_bytes < 0 or time.monotonic() > self.deadline
-                    return
-                self._answer(data)
-            if self.outgoing:
-                self.outgoing = self.outgoing[self.request.send(self.outgoing):]
-            if self.close_connection and not self.outgoing:
-                self._close()
-        except BlockingIOError:
-            pass
+            self.waits_for = next(self._steps, 0)
         except OSError:         # the client is gone, or too slow for a blocking socket
-            self.over = True
+            self.waits_for = 0
 
-    def _answer(self, data: bytes) -> None:
+    def _serve(self) -> Iterator[int]:
+        while not self.close_connection:
+            try:
+                data = self.request.recv(8192)
+            except BlockingIOError:
+                yield selectors.EVENT_READ
+                continue
+            if not data:
+                return
+            more = True
+            while more:
+                more = self._answer(data)
+                data = b""
+                while self.outgoing:
+                    try:
+                        self.outgoing = self.outgoing[self.request.send(self.outgoing):]
+                    except BlockingIOError:
+                        yield selectors.EVENT_WRITE
+                if more:
+                    yield selectors.EVENT_WRITE
+            if not self.close_connection:
+                yield selectors.EVENT_READ
+        if self.unread or self.buffer:      # to close at once would reset the answer
+            self.request.shutdown(socket.SHUT_WR)
+            self.buffer, self.deadline = b"", time.monotonic() + self.drain_seconds
+            while self.drain_bytes > 0:
+                yield selectors.EVENT_READ
+                with contextlib.suppress(BlockingIOError):
+                    data = self.request.recv(8192)
+                    self.drain_bytes -= len(data) or self.drain_bytes
+
+    def _answer(self, data: bytes) -> bool:
+        """Answer what is whole with this data, into `outgoing`; whether there may be more of it."""
         buffer = self.buffer + data
         start = max(0, len(self.buffer) - 3) if data and self.buffer else 0
         answers: List[bytes] = []
@@ -486,28 +514,18 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 self.log_error("refused: %s", result.refusal)
             self.close_connection, self.unread = result.close or self.last, result.unread
         self.buffer, self.outgoing = buffer, b"".join(answers)
-        self.more = len(answers) == self.answers_at_once and not self.close_connection
         if answers or self.idle:
             self.idle = not buffer
             self.deadline = time.monotonic() + (self.idle_seconds if self.idle else self.head_seconds)
-
-    def _close(self) -> None:
-        """End the connection, but first take what the client still sends: closing at once would reset its answer."""
-        if self.unread or self.buffer:
-            self.request.shutdown(socket.SHUT_WR)
-            self.draining, self.deadline = True, time.monotonic() + self.drain_seconds
-        else:
-            self.over = True
+        return len(answers) == self.answers_at_once and not self.close_connection
 
     def address_string(self) -> str:
         host = str(self.client_address[0])
         return host[7:] if host.startswith("::ffff:") else host     # an IPv4 client of an IPv6 socket
 
     def log_error(self, format: str, *args: Any) -> None:
-        """A line for standard error with the client's address, in a form for fail2ban's <HOST>."""
         if self.error_log is not None:
-            self.error_log.write("[%s] owahttps: %s %s\n" % (
-                _dates(int(time.time()))[1], self.client, format % args))
+            self.error_log.write(_error_line(self.client, format % args))
 
 
 class _HTTPServer(HTTPServer):
@@ -515,7 +533,7 @@ class _HTTPServer(HTTPServer):
     # Windows would let a second server take the port of one that has SO_REUSEADDR.
     allow_reuse_address = sys.platform != "win32"
 
-    def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Any,
+    def __init__(self, server_address: Address, RequestHandlerClass: Any,
                  bind_and_activate: bool = True) -> None:
         host, port = server_address
         if host == "" and socket.has_ipv6:
@@ -555,7 +573,7 @@ class RedirectServer(_HTTPServer):
     grace_seconds = 2.0         # after a stop, for requests that are under way
     rule = RedirectRule()
 
-    def __init__(self, server_address: Tuple[str, int], RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
+    def __init__(self, server_address: Address, RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
                  bind_and_activate: bool = True, *, rule: RedirectRule = rule, max_connections: int = 450,
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
         self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
@@ -600,7 +618,7 @@ class RedirectServer(_HTTPServer):
             self._turn(0.02)
             now = time.monotonic()
             for handler in list(self._connections) if now > start + 0.2 else ():    # what was sent has come by then
-                if not (handler.buffer or handler.outgoing or handler.draining):
+                if not (handler.buffer or handler.outgoing or handler.close_connection):
                     self._drop(handler)
 
     def _turn(self, timeout: float) -> None:
@@ -610,10 +628,10 @@ class RedirectServer(_HTTPServer):
             handler = key.data
             if (handler is None or turn % 64 == 63) and not self.stopping:  # who is new does not wait for a slow crowd
                 self._accept()
-            if handler is not None and handler.events:      # else it was dropped in this turn
+            if handler in self._connections:        # else it was dropped in this turn
                 try:
                     handler.handle_one_request()
-                    self._settle(handler)
+                    self._settle(handler, key.events)
                 except Exception:
                     self.handle_error(handler.request, handler.client_address)
                     self._drop(handler)
@@ -653,30 +671,26 @@ class RedirectServer(_HTTPServer):
         request.setblocking(False)
         self._settle(self.RequestHandlerClass(request, client_address, self))   # type: ignore
 
-    def _settle(self, handler: RedirectHandler) -> None:
-        """See to it that the selector waits for what this handler waits for."""
-        if handler.over:
+    def _settle(self, handler: RedirectHandler, events: int = 0) -> None:
+        """See to it that the selector, which knows of these events, waits for what this handler waits for."""
+        if not handler.waits_for:
             self._drop(handler)
             return
-        events = selectors.EVENT_WRITE if handler.outgoing or handler.more else selectors.EVENT_READ
-        if handler.events != events:
-            if handler.events:
-                self._selector.modify(handler.request, events, handler)
-            else:
-                if len(self._connections) >= self.max_connections:
-                    self._drop(next(iter(self._connections)))
-                self._selector.register(handler.request, events, handler)
-                self._connections[handler] = None
-            handler.events = events
+        if not events:
+            if len(self._connections) >= self.max_connections:
+                self._drop(next(iter(self._connections)))
+            self._selector.register(handler.request, handler.waits_for, handler)
+            self._connections[handler] = None
+        elif events != handler.waits_for:
+            self._selector.modify(handler.request, handler.waits_for, handler)
         if handler.idle:
             self._connections.move_to_end(handler)
 
     def _drop(self, handler: RedirectHandler) -> None:
-        if handler.events:
+        if handler in self._connections:
             del self._connections[handler]
             with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
                 self._selector.unregister(handler.request)
-        handler.events = 0
         self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
@@ -684,8 +698,8 @@ class RedirectServer(_HTTPServer):
         _, error, trace = sys.exc_info()
         while trace and trace.tb_next:
             trace = trace.tb_next
-        (sys.stderr if self.error_log is None else self.error_log).write("[%s] owahttps: %s error in line %d: %s\n" % (
-            _dates(int(time.time()))[1], client_address[0], trace.tb_lineno if trace else 0, _log_escape(repr(error))))
+        (sys.stderr if self.error_log is None else self.error_log).write(_error_line(client_address[0], (
+            "error in line %d: %s" % (trace.tb_lineno if trace else 0, _log_escape(repr(error))))))
 
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
@@ -704,7 +718,7 @@ def _refuse(who: str, *reasons: Tuple[Any, str]) -> None:
             raise RuleError("%s %s" % (who, reason))
 
 
-def _fill(template: str, marks: Iterable[str], values: Dict[str, Any]) -> str:
+def _fill(template: str, marks: Iterable[str], values: Fields) -> str:
     """A template filled in; its line "+MARK|text" is for a recipe with this mark, "-MARK|text" for one without."""
     return re.sub(r"(?m)^([+-])([\w.]+)\|(.*\n)",
                   lambda line: line.group(3) * ((line.group(2) in marks) == (line.group(1) == "+")),
@@ -1261,9 +1275,9 @@ class StubHandler(BaseHTTPRequestHandler):
     server_version, sys_version = "owahttps-stub", ""
     timeout = 10
 
-    def page(self) -> Tuple[int, str, List[Tuple[str, str]]]:
+    def page(self) -> Tuple[int, str, Story]:
         """Status, title, and what happened: a sentence and its detail each."""
-        story: List[Tuple[str, str]] = self.server.story()      # type: ignore
+        story: Story = self.server.story()      # type: ignore
         secure = "%s, %s" % (self.connection.version(), self.connection.cipher()[0])
         return 200, "You are on HTTPS", story + [("This page came over a secure channel.", secure)]
 
@@ -1299,13 +1313,13 @@ class StubServer(_ThreadingServer):
     story() tells what happened before, for the page: [(sentence, detail), ...].
     """
 
-    def __init__(self, server_address: Tuple[str, int], certificate: Optional[str] = None,
+    def __init__(self, server_address: Address, certificate: Optional[str] = None,
                  key: Optional[str] = None,
-                 story: Callable[[], List[Tuple[str, str]]] = list) -> None:
+                 story: Callable[[], Story] = list) -> None:
         self.story = story
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
-            self.fields: List[Tuple[str, str]] = []
+            self.fields: Story = []
             try:
                 self.context.load_cert_chain(certificate, key)
             except OSError as error:
@@ -1416,6 +1430,10 @@ class Response(NamedTuple):
     def field(self, name: str) -> Optional[str]:
         return next((value for key, value in self.fields if key == name), None)
 
+    @property
+    def location(self) -> str:
+        return self.field("location") or ""
+
 
 class Hop(NamedTuple):
     url: str
@@ -1432,11 +1450,6 @@ class Report(NamedTuple):
     findings: List[Finding]
 
 
-def _finding(id: str, **values: Any) -> Finding:
-    severity, text = FINDINGS[id]
-    return Finding(id, severity, text.format(**{key: _log_escape(str(value)[:300]) for key, value in values.items()}))
-
-
 def parse_url(text: str) -> Url:
     """An absolute http or https URL; ValueError where a strict reader would refuse it."""
     match = re.fullmatch(r"(?i)(https?)://([^/?#]*)([!-~]*)", text)
@@ -1449,7 +1462,7 @@ def parse_url(text: str) -> Url:
 
 
 @contextlib.contextmanager
-def _connected(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext], seconds: float) -> Iterator[Any]:
+def _connected(url: Url, address: Address, context: Optional[ssl.SSLContext], seconds: float) -> Iterator[Any]:
     """A socket, after the TLS handshake if there is a context, in so many seconds at the most."""
     deadline = time.monotonic() + seconds
     with socket.create_connection(address, seconds) as plain:
@@ -1458,7 +1471,7 @@ def _connected(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLCont
             yield sock
 
 
-def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext], host: str, seconds: float) -> Response:
+def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: str, seconds: float) -> Response:
     """GET url from address, with this Host field, in so many seconds at the most; no cookie, no credential, no body.
 
     Raises OSError (no connection, no answer in time, TLS) or ValueError (an answer that is no HTTP/1).
@@ -1494,7 +1507,7 @@ def fetch(url: Url, address: Tuple[str, int], context: Optional[ssl.SSLContext],
     return Response(int(match.group(1)), fields, body[0])
 
 
-def _trusting(trust: Dict[str, Any], check_hostname: bool = True, flags: int = 0) -> ssl.SSLContext:
+def _trusting(trust: Fields, check_hostname: bool = True, flags: int = 0) -> ssl.SSLContext:
     """As browsers verify: without X509_V_FLAG_X509_STRICT, which Python 3.13 sets and many a company's CA fails."""
     context = ssl.create_default_context(**trust)
     context.check_hostname = check_hostname
@@ -1507,28 +1520,29 @@ def _reason(error: Exception) -> str:
 
 
 class _SiteCheck:
-    """The check of one site at one address: its requests, what came of them, and the findings."""
+    """The check of one site: its requests to each address, what came of them, and the findings."""
 
-    def __init__(self, site: Url, address: Tuple[str, int], expected: Dict[str, Any], trust: Dict[str, Any],
-                 seconds: float) -> None:
-        self.site, self.address, self.expected, self.trust, self.seconds = site, address, expected, trust, seconds
-        self.rule = RedirectRule(**expected)
+    def __init__(self, site: Url, expected: Fields, trust: Fields, seconds: float) -> None:
+        self.site, self.expected, self.trust, self.seconds = site, expected, trust, seconds
+        self.rule, self.where = RedirectRule(**expected), ""
         self.findings: List[Finding] = []
         self.hops: List[Hop] = []
-        self._answers: Dict[Url, Optional[Response]] = {}
-        self._contexts: Dict[Tuple[str, int], Optional[ssl.SSLContext]] = {}
 
-    def found(self, id: str, **values: Any) -> None:
-        """Add a finding; what is fine is said once, what is not for every URL."""
-        finding = _finding(id, **values)
-        if finding not in self.findings and (finding.severity not in ("ok", "note")
-                                             or id not in (other.id for other in self.findings)):
+    def found(self, id: str, url: object = "", **values: Any) -> None:
+        """Add a finding; what is fine is said once, what is not for every URL and address."""
+        severity, text = FINDINGS[id]
+        text = text.format(**{key: _log_escape(str(value)[:300]) for key, value in dict(values, url=url).items()})
+        if severity not in ("ok", "note"):
+            text += self.where
+        elif id in [finding.id for finding in self.findings]:
+            return
+        finding = Finding(id, severity, text)
+        if finding not in self.findings:
             self.findings.append(finding)
 
-    def _address(self, url: Url) -> Tuple[str, int]:
-        if url.name != self.site.name:
-            return url.name.strip("[]"), url.port
-        return self.address[0], self.address[1] if url[:3] == self.site[:3] else url.port
+    def _address(self, url: Url) -> Address:
+        return (self.address[0] if url.name == self.site.name else url.name.strip("[]"),
+                self.address[1] if url[:3] == self.site[:3] else url.port)
 
     def _context(self, url: Url) -> Optional[ssl.SSLContext]:
         """The TLS context for this origin, after a look at its certificate; None if HTTPS does not answer there."""
@@ -1541,7 +1555,7 @@ class _SiteCheck:
                 self.found("domain.tls.cannot_connect", origin="https://%s:%d" % origin, error=_reason(error))
         return self._contexts[origin]
 
-    def _certificate(self, url: Url, context: ssl.SSLContext) -> Tuple[bytes, Dict[str, Any]]:
+    def _certificate(self, url: Url, context: ssl.SSLContext) -> Tuple[bytes, Fields]:
         """The certificate that comes in a handshake with this context, and its fields; nothing if it is not trusted."""
         try:
             with _connected(url, self._address(url), context, self.seconds) as sock:
@@ -1552,7 +1566,7 @@ class _SiteCheck:
             return b"", {}
 
     def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
-        values: Dict[str, Any] = dict(origin="https://%s:%d" % url[1:3], host=url.name)
+        values: Fields = dict(origin="https://%s:%d" % url[1:3], host=url.name)
         context, now = _trusting(self.trust), time.time()
         fields = self._certificate(url, context)[1]
         trusted = bool(fields)
@@ -1583,53 +1597,50 @@ class _SiteCheck:
         """The response to url, asked for once; None, and a finding, if none came."""
         if url in self._answers:
             return self._answers[url]
-        self._answers[url] = response = None
+        response, start = None, time.monotonic()
         context = self._context(url) if url.scheme == "https" else None
-        start = time.monotonic()
-        if context or url.scheme == "http":
-            try:
+        try:
+            if context or url.scheme == "http":
                 response = fetch(url, self._address(url), context, str(url).split("/")[2], self.seconds)
-                self._answers[url] = response
-            except OSError as error:
-                self.found("http-no-answer", url=url, error=_reason(error))
-            except ValueError:
-                self.found("http-garbled", url=url)
-        location = response.field("location") if response else ""
-        self.hops.append(Hop(str(url), response.status if response else 0, _log_escape((location or "")[:2000]),
-                             int(1000 * (time.monotonic() - start))))
-        if response:
-            self._judge_fields(url, response)
+                self._judge_fields(url, response)
+        except OSError as error:
+            self.found("http-no-answer", url, error=_reason(error))
+        except ValueError:
+            self.found("http-garbled", url)
+        status, location = (response.status, response.location) if response else (0, "")
+        self.hops.append(Hop(str(url), status, _log_escape(location[:2000]), int(1000 * (time.monotonic() - start))))
+        self._answers[url] = response
         return response
 
     def _judge_fields(self, url: Url, response: Response) -> None:
         for cookie in (value for key, value in response.fields if key == "set-cookie"):
             if url.scheme == "http":
-                self.found("cookie-over-http", url=url)
+                self.found("cookie-over-http", url)
             elif not re.search(r"(?i);[\t ]*secure[\t ]*(;|$)", cookie):
-                self.found("cookie-without-secure", url=url)
+                self.found("cookie-without-secure", url)
         hsts = response.field("strict-transport-security")
         match = re.search(r'(?i)(?:^|;)[\t ]*max-age[\t ]*=[\t ]*"?([0-9]{1,18})', hsts or "")
         if url.scheme == "http":
             if hsts is not None:
-                self.found("redirects.http.useless_header", url=url)
+                self.found("redirects.http.useless_header", url)
         elif not match:
             if url.name == self.site.name:
-                self.found("response.no_header", url=url)
+                self.found("response.no_header", url)
         elif int(match.group(1)) < YEAR:
             short = "too_low" if int(match.group(1)) < HALF_YEAR else "below_1_year"
-            self.found("header.preloadable.max_age." + short, url=url, age=int(match.group(1)))
+            self.found("header.preloadable.max_age." + short, url, age=int(match.group(1)))
 
     def _next(self, url: Url, response: Response) -> Optional[Url]:
         """Where this redirect leads; None, and a finding, if nowhere."""
-        location = response.field("location") or ""
+        location = response.location
         try:
             following = parse_url(urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else "")
         except ValueError:
-            self.found("redirects.http.first_redirect.invalid", url=url, status=response.status,
+            self.found("redirects.http.first_redirect.invalid", url, status=response.status,
                        location=location or "none")
             return None
         if url.scheme == "http" and not re.match("(?i)https?://", location):
-            self.found("redirection-relative", url=url, location=location)
+            self.found("redirection-relative", url, location=location)
         return following
 
     def _follow(self, start: Url) -> None:
@@ -1648,34 +1659,34 @@ class _SiteCheck:
             if not seen:
                 self._judge_first(url, response, following)
             elif url.scheme == "https" != following.scheme:
-                self.found("redirects.insecure.subsequent", url=url, location=following)
+                self.found("redirects.insecure.subsequent", url, location=following)
             seen.append(url)
             url = following
             if url in seen:
-                self.found("redirects.too_many.loop", url=url)
+                self.found("redirects.too_many.loop", url)
                 return
             if len(seen) > MAX_HOPS:
                 break
         if len(seen) > 3:
-            self.found("redirects.too_many", url=start, count="%d%s" % (len(seen), " or more" * (len(seen) > MAX_HOPS)))
+            self.found("redirects.too_many", start, count="%d%s" % (len(seen), " or more" * (len(seen) > MAX_HOPS)))
         if url.scheme == "https" and response.status == 421:
-            self.found("proxy-loop", url=url)
+            self.found("proxy-loop", url)
         elif seen and url.scheme != "https":
-            self.found("redirection-not-to-https", url=start, location=url)
+            self.found("redirection-not-to-https", start, location=url)
         elif not seen:
             self._judge_missing(url, response)
 
     def _judge_missing(self, url: Url, response: Response) -> None:
         iis = "IIS" in (response.field("server") or "")
         if response.status == 403 and (iis or re.search("403[.;]4|secured? (with|channel)", response.body)):
-            self.found("iis-403.4", url=url)        # from IIS 7 on, its number is shown on the server alone
+            self.found("iis-403.4", url)        # from IIS 7 on, its number is shown on the server alone
         elif response.status == 200 and not response.body and iis:
-            self.found("iis-asp-port-test", url=url)
+            self.found("iis-asp-port-test", url)
         else:
-            self.found("redirection-missing", url=url, status=response.status)
+            self.found("redirection-missing", url, status=response.status)
 
     def _judge_first(self, url: Url, response: Response, following: Url) -> None:
-        values: Dict[str, Any] = dict(url=url, location=following, status=response.status)
+        values: Fields = dict(url=url, location=following, status=response.status)
         status, expected, name = self.expected.get("status", response.status), following, following.name
         if "path" in self.expected or self.rule.keep_path:
             expected, name = parse_url(self.rule.location(url.name, url.target)), url.name
@@ -1698,11 +1709,13 @@ class _SiteCheck:
         """RFC 9110 §7.2: a Host that is no host must not come back in a Location."""
         with contextlib.suppress(OSError, ValueError):
             response = fetch(self.site, self.address, None, self.site.name + "@forged.invalid", self.seconds)
-            location = response.field("location") or ""
-            if "forged.invalid" in location:
-                self.found("host-reflected", url=self.site, location=location)
+            if "forged.invalid" in response.location:
+                self.found("host-reflected", self.site, location=response.location)
 
-    def run(self) -> None:
+    def run(self, address: Address) -> None:
+        self.address = address
+        self._answers: Dict[Url, Optional[Response]] = {}
+        self._contexts: Dict[Address, Optional[ssl.SSLContext]] = {}
         try:
             socket.create_connection(self.address, self.seconds).close()
         except OSError as error:
@@ -1714,7 +1727,7 @@ class _SiteCheck:
                 self._ask(secure)
                 self.found("redirection-not-needed-no-http", origin="http://%s:%d" % self.site[1:3])
             else:
-                self.found("http-no-answer", url=self.site, error=_reason(error))
+                self.found("http-no-answer", self.site, error=_reason(error))
             return
         for target in ("/", self.rule.path, self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb"):
             self._follow(self.site._replace(target=target))
@@ -1730,8 +1743,8 @@ def _site(target: str) -> Url:
     return url._replace(target="/")
 
 
-def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str = "", family: int = 0,
-          trust: Optional[Dict[str, Any]] = None, seconds: float = 10.0) -> Report:
+def check(target: str, expected: Optional[Fields] = None, connect: str = "", family: int = 0,
+          trust: Optional[Fields] = None, seconds: float = 10.0) -> Report:
     """Ask whether plain HTTP at target (a host name, host:port or http URL) is redirected right, and report.
 
     expected  fields of RedirectRule that must hold; of the others, what the site does is right
@@ -1742,25 +1755,18 @@ def check(target: str, expected: Optional[Dict[str, Any]] = None, connect: str =
 
     Never raises for what a server does; ValueError for a target that is none, RuleError for a rule that cannot be.
     """
-    site = _site(target)
-    ask = _site(connect) if connect else site
-    findings: List[Finding] = []
-    hops: List[Hop] = []
+    probe = _SiteCheck(_site(target), expected or {}, trust or {}, seconds)
+    ask = _site(connect) if connect else probe.site
+    addresses = set()
     try:
-        infos = socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)
+        addresses = {info[4][:2] for info in socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)}
     except OSError as error:
-        finding = _finding("host-unknown", host=ask.name, error=_reason(error))
-        return Report(target, finding.severity, [], [finding])
-    addresses = {info[4][:2] for info in infos}
+        probe.found("host-unknown", host=ask.name, error=_reason(error))
     for host, port in sorted(addresses):
-        probe = _SiteCheck(site, (str(host), int(port)), expected or {}, trust or {}, seconds)
-        probe.run()
-        hops += probe.hops
-        for finding in probe.findings:
-            where = " [at %s]" % host if len(addresses) > 1 and finding.severity != "ok" else ""
-            if where or finding not in findings:
-                findings.append(finding._replace(text=finding.text + where))
-    return Report(target, max((finding.severity for finding in findings), key=SEVERITIES.index), hops, findings)
+        probe.where = " [at %s]" % host if len(addresses) > 1 else ""
+        probe.run((str(host), int(port)))
+    severity = max((finding.severity for finding in probe.findings), key=SEVERITIES.index)
+    return Report(target, severity, probe.hops, probe.findings)
 
 
 # ---- The self-test ---------------------------------------------------------------------------------------------------
@@ -1883,7 +1889,7 @@ def cases() -> Iterator[Case]:
                    request.encode("latin-1").decode("unicode_escape").encode("latin-1"))
 
 
-def _conversation(address: Tuple[str, int], request: bytes, seconds: float) -> bytes:
+def _conversation(address: Address, request: bytes, seconds: float) -> bytes:
     """Send the request's bytes, take all that comes back until the server closes."""
     data = b""
     with socket.create_connection(address, seconds) as sock:
@@ -1939,7 +1945,7 @@ def _expected(case: Case, rule: RedirectRule) -> str:
 Result = Tuple[str, str, str]       # what was tried, what was expected ("a|b": either), what came
 
 
-def try_cases(address: Tuple[str, int], rule: RedirectRule, done: Tuple[RedirectRule, ...] = (),
+def try_cases(address: Address, rule: RedirectRule, done: Tuple[RedirectRule, ...] = (),
               seconds: float = 3.0) -> Iterator[Result]:
     """Send every case that applies to the rule, and to none that is done, to the redirect server at address."""
     from concurrent.futures import ThreadPoolExecutor
@@ -1957,7 +1963,7 @@ def try_cases(address: Tuple[str, int], rule: RedirectRule, done: Tuple[Redirect
 
 
 @contextlib.contextmanager
-def running(server: HTTPServer) -> Iterator[Tuple[str, int]]:
+def running(server: HTTPServer) -> Iterator[Address]:
     """Serve from a thread; the server's address."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -2010,7 +2016,7 @@ def try_ourselves() -> Iterator[Result]:
 class BeforeHandler(StubHandler):
     """Plain HTTP as IIS answers it before the cure."""
 
-    def page(self) -> Tuple[int, str, List[Tuple[str, str]]]:
+    def page(self) -> Tuple[int, str, Story]:
         return 403, "The page must be viewed over a secure channel", [
             ("You asked for it over plain HTTP. Type https:// at the beginning of the address, and try again.",
              "HTTP 403.4 - Forbidden: SSL required\nInternet Information Services")]
@@ -2023,7 +2029,7 @@ class _LastRedirect:
     def write(self, line: str) -> None:
         self.target = line.split(" ")[6]
 
-    def story(self) -> List[Tuple[str, str]]:
+    def story(self) -> Story:
         return [("You typed an address without https.", self.origin + self.target),
                 ("owahttps answered with a redirect.", "HTTP/1.1 %d %s\nLocation: %s" % (
                     self.rule.status, PHRASES[self.rule.status], self.rule.location("localhost", self.target)))]
@@ -2157,7 +2163,7 @@ def _number(low: float, high: float) -> Callable[[str], Any]:
     return number
 
 
-VALUES: Dict[str, Dict[str, Any]] = {       # what an option takes, where that is not any text
+VALUES: Dict[str, Fields] = {       # what an option takes, where that is not any text
     "RECIPE": {"choices": list(RECIPES)}, "--method": {"choices": ("redirect", "403.4")},
     "--port": {"type": _number(0, 65535)}, "--https-port": {"type": _number(0, 65535)},
     "--http-port": {"type": _number(1, 65535)}, "--status": {"type": int}, "--site": {"type": _number(1, 10 ** 9)},
@@ -2178,7 +2184,7 @@ def _add_options(parser: Any, rows: str, unset: Optional[str] = None) -> None:
             parser.add_argument(*filter(None, (short[:2], name)), action="store_true", default=unset, **settings)
 
 
-def _rule_fields(args: argparse.Namespace) -> Dict[str, Any]:
+def _rule_fields(args: argparse.Namespace) -> Fields:
     """The fields of RedirectRule that the command line names."""
     return {name: tuple(value) if name == "allow_hosts" else value
             for name, value in vars(args).items() if name in RedirectRule._fields}

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -840,7 +841,7 @@ def test_a_handler_that_closes_its_own_socket():
             super().handle_one_request()
             if b"away" in self.buffer:
                 self.request.close()
-                self.outgoing = b"x"
+                self.waits_for = selectors.EVENT_WRITE
     with listening(Closing) as server:
         with contextlib.closing(connect(server, KEEP % 1)) as sock:
             assert sock.recv(9999).startswith(b"HTTP/1.1 302")
