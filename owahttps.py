@@ -695,11 +695,11 @@ class RedirectServer(_HTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
         """One line about the exception under way; it costs that connection and nothing else."""
+        import traceback
         _, error, trace = sys.exc_info()
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        (sys.stderr if self.error_log is None else self.error_log).write(_error_line(client_address[0], (
-            "error in line %d: %s" % (trace.tb_lineno if trace else 0, _log_escape(repr(error))))))
+        line = traceback.extract_tb(trace)[-1][1]
+        (sys.stderr if self.error_log is None else self.error_log).write(
+            _error_line(client_address[0], "error in line %d: %s" % (line, _log_escape(repr(error)))))
 
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
@@ -1313,15 +1313,14 @@ class StubServer(_ThreadingServer):
     story() tells what happened before, for the page: [(sentence, detail), ...].
     """
 
-    def __init__(self, server_address: Address, certificate: Optional[str] = None,
-                 key: Optional[str] = None,
+    def __init__(self, server_address: Address, certificate: str = "", key: str = "",
                  story: Callable[[], Story] = list) -> None:
         self.story = story
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
             self.fields: Story = []
             try:
-                self.context.load_cert_chain(certificate, key)
+                self.context.load_cert_chain(certificate, key or None)
             except OSError as error:
                 raise RuleError("--cert %a, --key %a: %s" % (certificate, key, error.strerror or error)) from None
         else:
@@ -1416,6 +1415,10 @@ class Url(NamedTuple):
     name: str           # as server_name() gives it
     port: int
     target: str
+
+    @property
+    def origin(self) -> str:
+        return "%s://%s:%d" % self[:3]
 
     def __str__(self) -> str:
         port = "" if self.port == (443 if self.scheme == "https" else 80) else ":%d" % self.port
@@ -1552,7 +1555,7 @@ class _SiteCheck:
                 self._contexts[origin] = self._look_at_certificate(url)
             except (OSError, ValueError) as error:      # ValueError: a certificate with times that are none
                 self._contexts[origin] = None
-                self.found("domain.tls.cannot_connect", origin="https://%s:%d" % origin, error=_reason(error))
+                self.found("domain.tls.cannot_connect", origin=url.origin, error=_reason(error))
         return self._contexts[origin]
 
     def _certificate(self, url: Url, context: ssl.SSLContext) -> Tuple[bytes, Fields]:
@@ -1566,7 +1569,7 @@ class _SiteCheck:
             return b"", {}
 
     def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
-        values: Fields = dict(origin="https://%s:%d" % url[1:3], host=url.name)
+        values: Fields = dict(origin=url.origin, host=url.name)
         context, now = _trusting(self.trust), time.time()
         fields = self._certificate(url, context)[1]
         trusted = bool(fields)
@@ -1725,7 +1728,7 @@ class _SiteCheck:
             secure = self.site._replace(scheme="https", port=self.rule.https_port)
             if self._context(secure):
                 self._ask(secure)
-                self.found("redirection-not-needed-no-http", origin="http://%s:%d" % self.site[1:3])
+                self.found("redirection-not-needed-no-http", origin=self.site.origin)
             else:
                 self.found("http-no-answer", self.site, error=_reason(error))
             return
@@ -1979,13 +1982,12 @@ def try_end_to_end() -> Iterator[Result]:
     with running(StubServer(("127.0.0.1", 0))) as stub:
         rule = RedirectRule(https_port=stub[1])
         with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
-            plain = Url("http", "localhost", address[1], "/")
-            response = fetch(plain, address, None, "localhost:%d" % address[1], 5)
-            secure = "https://localhost:%d/exchange" % stub[1]
-            yield "plain HTTP is redirected", "302 " + secure, "%d %s" % (response.status, response.field("location"))
+            request = b"GET / HTTP/1.1\r\nHost: localhost:%d\r\nConnection: close\r\n\r\n" % address[1]
+            got = _answers(_conversation(address, request, 5), request)
+            yield "plain HTTP is redirected", "302 https://localhost:%d/exchange" % stub[1], got
             try:
-                page = fetch(parse_url(response.field("location") or ""), stub, ssl.create_default_context(
-                    cadata=STUB_CERTIFICATE), "localhost", 5)
+                context = ssl.create_default_context(cadata=STUB_CERTIFICATE)
+                page = fetch(parse_url(got[4:]), stub, context, "localhost", 5)
                 got = "%d %s" % (page.status, "".join(re.findall("<title>(.*)</title>", page.body)))
             except (OSError, ValueError) as error:
                 got = str(error)
@@ -2035,11 +2037,11 @@ class _LastRedirect:
                     self.rule.status, PHRASES[self.rule.status], self.rule.location("localhost", self.target)))]
 
 
-def _next_free(make: Callable[[int], Any], port: int) -> Any:
-    """The server that make(port) makes, for the first port from this one on that is free."""
+def _next_free(port: int, server: Callable[..., Any], *settings: Any, **fields: Any) -> Any:
+    """This server on loopback, at the first port from this one on that is free."""
     for candidate in range(port, min(port + 100, 65536)):
         try:
-            return make(candidate)
+            return server(("127.0.0.1", candidate), *settings, **fields)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
@@ -2066,7 +2068,7 @@ Redirect plain HTTP to HTTPS, until a signal.
 --bind ADDR             listen on this address (all, IPv6 and IPv4)
 --port PORT=80          listen on this port; 0 is a free one
 --user NAME             become this user once the port is bound
---max-connections N     cap (from the file descriptor limit)
+--max-connections N=0   cap; 0 is what the file descriptor limit allows
 --quiet                 no access log
 
 The access log goes to standard output in Combined Log Format; everything else to standard error.
@@ -2143,14 +2145,14 @@ class Failure(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """One line, with the word that was probably meant."""
-        wrong = re.search(r"invalid choice: '([^']+)'|unrecognized arguments: (--[^ =]+)", message)
+        wrong = re.search("(?:invalid choice: '|unrecognized arguments: )([^ =']+)", message)
         if wrong:
             import difflib
-            words = re.findall("--[a-z-]+", RULE_OPTIONS + str(USAGE)) + list(USAGE) + list(RECIPES)
-            near = difflib.get_close_matches(wrong.group(1) or wrong.group(2), words, 1)
+            words = re.findall("--[a-z0-9-]+", RULE_OPTIONS + str(USAGE)) + list(USAGE) + list(RECIPES)
+            near = difflib.get_close_matches(wrong.group(1), words, 1)
             message = message.partition(" (choose")[0] + (": did you mean %s?" % near[0] if near else "")
-            if wrong.group(2) in words:
-                message = "%s does not belong there" % wrong.group(2)
+            if near == [wrong.group(1)]:
+                message = "%s does not belong there" % near[0]
         raise RuleError(message + " (--help lists what there is)")
 
 
@@ -2167,11 +2169,11 @@ VALUES: Dict[str, Fields] = {       # what an option takes, where that is not an
     "RECIPE": {"choices": list(RECIPES)}, "--method": {"choices": ("redirect", "403.4")},
     "--port": {"type": _number(0, 65535)}, "--https-port": {"type": _number(0, 65535)},
     "--http-port": {"type": _number(1, 65535)}, "--status": {"type": int}, "--site": {"type": _number(1, 10 ** 9)},
-    "--max-connections": {"type": _number(1, 500 if sys.platform == "win32" else 10 ** 6)},
+    "--max-connections": {"type": _number(0, 500 if sys.platform == "win32" else 10 ** 6)},
     "--timeout": {"type": _number(0.1, 9999.0)}}
 
 
-def _add_options(parser: Any, rows: str, unset: Optional[str] = None) -> None:
+def _add_options(parser: Any, rows: str, unset: str = "") -> None:
     row = r"(?m)^(-\w, )?(\S+?)(?: ([A-Z:]+))?(\.\.\.)?(?:=(\S+))? +(.+)$"
     for short, name, metavar, many, default, text in re.findall(row, rows):
         settings = dict(VALUES.get(name, {}), help=text + (" (%s)" % default if default else ""))
@@ -2242,6 +2244,12 @@ def _drop_to(user: str) -> None:
     os.setuid(entry.pw_uid)
 
 
+def _on_signal(stop: Callable[[], Any]) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):      # the last one is Windows' Ctrl-Break
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: stop())
+
+
 def _warnings(rule: RedirectRule, host: str, user: str) -> Iterator[str]:
     """What will hurt later, said once at the start."""
     if not user and hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -2266,10 +2274,10 @@ def command_serve(args: argparse.Namespace) -> int:
             if fd == 1:
                 _say("standard output is closed: no access log")
     try:
-        server = RedirectServer(((args.bind or "").strip("[]"), args.port), rule=rule,
+        server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
                                 max_connections=args.max_connections or _connection_cap())
     except OSError as error:
-        raise Failure(_bind_trouble(error, args.bind or "", args.port)) from None
+        raise Failure(_bind_trouble(error, args.bind, args.port)) from None
     with server:
         if args.user:
             try:
@@ -2278,9 +2286,7 @@ def command_serve(args: argparse.Namespace) -> int:
                 raise Failure("cannot become user %a: %s" % (args.user, error.strerror)) from None
         if rule.acme_dir and not os.access(rule.acme_dir, os.R_OK | os.X_OK):
             raise Failure("--acme-dir %a cannot be read%s" % (rule.acme_dir, args.user and " by user " + args.user))
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), lambda *_: server.stop())
+        _on_signal(server.stop)
         server.error_log = errors = Log(2, tell=lambda _: None)
 
         def say(text: str) -> None:
@@ -2387,7 +2393,7 @@ def command_check(args: argparse.Namespace) -> int:
     for target in filter(None, args.target + [args.connect]):
         _site(target)
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(check, target, fields, args.connect or "", family, trust, args.timeout)
+        waiting = [pool.submit(check, target, fields, args.connect, family, trust, args.timeout)
                    for target in args.target]
         while sys.stderr.isatty() and wait(waiting, 1).not_done:
             done = sum(future.done() for future in waiting)
@@ -2412,19 +2418,15 @@ def command_check(args: argparse.Namespace) -> int:
 
 def command_demo(args: argparse.Namespace) -> int:
     over = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), lambda *_: over.set())
+    _on_signal(over.set)
     last = _LastRedirect()
-    stub = _next_free(lambda port: StubServer(("127.0.0.1", port), args.cert, args.key, last.story),
-                      args.https_port)
-    with running(stub) as (_, https_port):
-        rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
+    with running(_next_free(args.https_port, StubServer, args.cert, args.key, last.story)) as (_, https_port):
+        last.rule = rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
         if args.before:
-            server = _next_free(lambda port: _ThreadingServer(("127.0.0.1", port), BeforeHandler), args.port)
+            server = _next_free(args.port, _ThreadingServer, BeforeHandler)
         else:
-            server = _next_free(lambda port: RedirectServer(("127.0.0.1", port), rule=rule, access_log=last), args.port)
+            server = _next_free(args.port, RedirectServer, rule=rule, access_log=last)
         url = last.origin = "http://localhost:%d" % server.server_address[1]
-        last.rule = rule
         with running(server):
             print("%s/  %s %s" % (url, "answers 403.4, as IIS does; the page is at" if args.before else "->",
                                   rule.location("localhost", "/")), flush=True)
