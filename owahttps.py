@@ -256,6 +256,22 @@ def _redirect(name: str, target: str, fields: Fields, rule: RedirectRule) -> str
     return rule.location(name, target)
 
 
+def _decide(method: str, target: str, minor: str, fields: Fields, rule: RedirectRule,
+            token_file: Optional[bytes]) -> Tuple[int, str, str, str]:
+    """Status, Location, body and ACME token for a request; raises Refusal or HostError."""
+    name, target = _target(method, target, minor, fields)
+    path = target.partition("?")[0] if method in ("GET", "HEAD") else ""
+    if target == "*":
+        return 204, "", "", ""
+    if rule.acme_dir and path.startswith(ACME_PREFIX):
+        token = path[len(ACME_PREFIX):] if re.fullmatch("[A-Za-z0-9_-]+", path[len(ACME_PREFIX):]) else ""
+        return (404, "", "", token) if token_file is None else (200, "", token_file.decode("latin-1"), token)
+    if rule.health and path == rule.health:
+        return 200, "", "OK\n", ""
+    location = _redirect(name, target, fields, rule)
+    return rule.status, location, PAGE.format(title="Object moved", text=MOVED % escape(location)), ""
+
+
 def _log_escape(text: str) -> str:
     """Printable ASCII without quotes and backslashes; anything else as \\xHH, as nginx writes it."""
     return _OUTSIDE_LOG.sub(lambda match: "\\x%02X" % ord(match.group()), text)
@@ -273,23 +289,14 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
     for key, value in _FIELD.findall(text):     # several of one name make a list, RFC 9110 §5.3: two Hosts are no name
         key, value = key.lower(), value.rstrip("\t ")
         fields[key] = fields[key] + ", " + value if key in fields else value
-    status, method, location, body, token, refusal = 200, "", "", "OK\n", "", ""
+    method = location = token = refusal = ""
     try:
         if not match or len(text) > MAX_HEAD:
             raise Refusal(*next((status, reason) for fault, status, reason in _FAULTS if fault.match(text)))
         method, target, minor = match.groups()
         unread = _has_body(fields)
-        name, target = _target(method, target, minor, fields)
         close = unread or minor == "0" or "close" in fields.get("connection", "").lower()
-        path = target.partition("?")[0] if method in ("GET", "HEAD") else ""
-        if target == "*":
-            status, body = 204, ""
-        elif rule.acme_dir and path.startswith(ACME_PREFIX):
-            token = path[len(ACME_PREFIX):] if re.fullmatch("[A-Za-z0-9_-]+", path[len(ACME_PREFIX):]) else ""
-            status, body = (404, "") if token_file is None else (200, token_file.decode("latin-1"))
-        elif not rule.health or path != rule.health:
-            status, location = rule.status, _redirect(name, target, fields, rule)
-            body = PAGE.format(title="Object moved", text=MOVED % escape(location))
+        status, location, body, token = _decide(method, target, minor, fields, rule, token_file)
     except (Refusal, HostError) as refused:
         status, refusal = refused.args if isinstance(refused, Refusal) else (400, NO_NAME)
         close = unread = True
@@ -333,8 +340,8 @@ class Log:
     write(line) takes a str that ends in a newline; tell(text) hears of faults.
     """
     WAITING = 5000      # lines, of some 3 KB at the most
-    AT_ONCE = 64        # lines that are written in one go,
-    SECONDS = 0.003     # or as many as gather in this time
+    AT_ONCE = 32        # lines that are written in one go,
+    SECONDS = 0.002     # or as many as gather in this time
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
@@ -544,7 +551,8 @@ class _HTTPServer(HTTPServer):
             except OSError as error:
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT):
                     raise
-        info = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+        # In bytes: for a str, Python would load the IDNA codec, of 0.4 MB.
+        info = socket.getaddrinfo((host or "0.0.0.0").encode(), port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
         super().__init__(info[4][:2], RequestHandlerClass, bind_and_activate)   # type: ignore
 
@@ -1034,8 +1042,8 @@ def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, 
                  "with method %s has status %s alone" % (method, " or ".join(map(str, sorted(statuses))))))
     marks = [name, method] + peculiar.split()
     values = dict(
-        name=name, iis=iis, method=method, url=rule.location("SERVER_NAME", "/"), path=rule.path, status=rule.status,
-        folder="Exchange" if folder == "exchange" else folder, host=rule.host or "HOST", http_port=http_port, site=site,
+        rule._asdict(), name=name, iis=iis, method=method, http_port=http_port, site=site, host=rule.host or "HOST",
+        url=rule.location("SERVER_NAME", "/"), folder="Exchange" if folder == "exchange" else folder,
         status_name=STATUS_NAMES[rule.status], page="".join("::a %s\n" % line for line in page.splitlines()),
         check_options=options(rule), colon_port="" if http_port == 80 else ":%d" % http_port)
     parts = [("about", ABOUT, ""), ("steps", STEPS[method], ""), ("verify", VERIFY, ""),
@@ -1159,6 +1167,7 @@ After=network.target
 [Service]
 ExecStart=/usr/bin/python3 -I /usr/local/bin/owahttps.py serve --port {port}{options}
 Restart=on-failure
+# This implies ProtectSystem=strict, NoNewPrivileges, RestrictSUIDSGID, PrivateTmp and RemoveIPC.
 DynamicUser=yes
 AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
@@ -1166,7 +1175,6 @@ LimitNOFILE=16416
 UMask=0077
 LockPersonality=yes
 MemoryDenyWriteExecute=yes
-NoNewPrivileges=yes
 PrivateDevices=yes
 ProcSubset=pid
 ProtectClock=yes
@@ -1177,11 +1185,9 @@ ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
 ProtectProc=invisible
-ProtectSystem=strict
 RestrictAddressFamilies=AF_INET AF_INET6
 RestrictNamespaces=yes
 RestrictRealtime=yes
-RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged
@@ -1762,7 +1768,8 @@ def check(target: str, expected: Optional[Fields] = None, connect: str = "", fam
     ask = _site(connect) if connect else probe.site
     addresses = set()
     try:
-        addresses = {info[4][:2] for info in socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)}
+        infos = socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)
+        addresses = {info[4][:2] for info in infos}
     except OSError as error:
         probe.found("host-unknown", host=ask.name, error=_reason(error))
     for host, port in sorted(addresses):
@@ -2138,10 +2145,6 @@ LEFT_OUT = {"check": ("--allow-host", "--acme-dir", "--health"),
             "demo": ("--host", "--https-port", "--allow-host", "--acme-dir", "--health")}
 
 
-class Failure(Exception):
-    """What could not be done, and what to do, in one line: exit 1."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """One line, with the word that was probably meant."""
@@ -2188,8 +2191,7 @@ def _add_options(parser: Any, rows: str, unset: str = "") -> None:
 
 def _rule_fields(args: argparse.Namespace) -> Fields:
     """The fields of RedirectRule that the command line names."""
-    return {name: tuple(value) if name == "allow_hosts" else value
-            for name, value in vars(args).items() if name in RedirectRule._fields}
+    return {name: value for name, value in vars(args).items() if name in RedirectRule._fields}
 
 
 def _say(text: str) -> None:
@@ -2238,7 +2240,7 @@ def _drop_to(user: str) -> None:
         import pwd
         entry = pwd.getpwnam(user)
     except (ImportError, KeyError):
-        raise Failure("there is no user %a here" % user) from None
+        raise OSError("there is no such user here") from None
     os.initgroups(user, entry.pw_gid)
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
@@ -2260,32 +2262,37 @@ def _warnings(rule: RedirectRule, host: str, user: str) -> Iterator[str]:
         yield "Let's Encrypt follows redirects to ports 80 and 443 alone: --acme-dir serves its tokens here"
 
 
-def command_serve(args: argparse.Namespace) -> int:
-    rule = RedirectRule(**_rule_fields(args))
-    if rule.acme_dir and not os.path.isdir(rule.acme_dir):
-        raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
-    if rule.https_port == args.port:
-        raise RuleError("--https-port %d is the port of plain HTTP: a loop" % rule.https_port)
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):   # a closed one would become a socket's, and get the log
+def _reopen_standard_files() -> None:
+    """A standard file that was closed would become a socket's, and get the log: give it to the null device."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
             if fd == 1:
                 _say("standard output is closed: no access log")
+
+
+def command_serve(args: argparse.Namespace) -> int:
+    rule = RedirectRule(**_rule_fields(args))
+    if rule.acme_dir and not os.path.isdir(rule.acme_dir):
+        raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
+    if rule.https_port == args.port:
+        raise RuleError("--https-port %d is the port of plain HTTP: a loop" % rule.https_port)
+    _reopen_standard_files()
     try:
         server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
                                 max_connections=args.max_connections or _connection_cap())
     except OSError as error:
-        raise Failure(_bind_trouble(error, args.bind, args.port)) from None
+        raise OSError(_bind_trouble(error, args.bind, args.port)) from None
     with server:
         if args.user:
             try:
                 _drop_to(args.user)
             except OSError as error:
-                raise Failure("cannot become user %a: %s" % (args.user, error.strerror)) from None
+                raise OSError("cannot become user %a: %s" % (args.user, _reason(error))) from None
         if rule.acme_dir and not os.access(rule.acme_dir, os.R_OK | os.X_OK):
-            raise Failure("--acme-dir %a cannot be read%s" % (rule.acme_dir, args.user and " by user " + args.user))
+            raise OSError("--acme-dir %a cannot be read%s" % (rule.acme_dir, args.user and " by user " + args.user))
         _on_signal(server.stop)
         server.error_log = errors = Log(2, tell=lambda _: None)
 
@@ -2308,7 +2315,7 @@ def command_serve(args: argparse.Namespace) -> int:
 def _write_files(folder: str, parts: List[Part]) -> None:
     """Write the parts that are files, but never over a file that says something else."""
     if not os.path.isdir(folder):
-        raise Failure("--write %a is not a folder" % folder)
+        raise OSError("--write %a is not a folder" % folder)
     for part in parts:
         if part.file:
             newline = "\n" if part.name == "file" else "\r\n"        # Windows' own
@@ -2319,7 +2326,7 @@ def _write_files(folder: str, parts: List[Part]) -> None:
             except FileExistsError:
                 with open(path, "rb") as file:
                     if file.read() != data:
-                        raise Failure("%s says something else: move it, or write elsewhere" % path) from None
+                        raise OSError("%s says something else: move it, or write elsewhere" % path) from None
             print(part.file)        # the folder's name may be beyond a code page
 
 
@@ -2374,7 +2381,7 @@ def command_selftest(args: argparse.Namespace) -> int:
     try:
         socket.create_connection((site.name.strip("[]"), site.port), 5).close()
     except OSError as error:
-        raise Failure("%s gives no answer: %s" % (site, _reason(error))) from None
+        raise OSError("%s gives no answer: %s" % (site, _reason(error))) from None
     return _report(try_cases((site.name.strip("[]"), site.port), RedirectRule(**_rule_fields(args))), args.quiet)
 
 
@@ -2442,7 +2449,8 @@ def command_demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_parser() -> _Parser:
+def build_parser(argv: List[str]) -> _Parser:
+    """The parser for this command line: of the commands that it does not name, the names alone."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="owahttps.py", description=__doc__, formatter_class=layout)
     parser.add_argument("--version", action="version", version="owahttps " + __version__)
@@ -2451,9 +2459,10 @@ def build_parser() -> _Parser:
     for name, text in USAGE.items():
         what, rows, rest = text.split("\n\n", 2)
         command = commands.add_parser(name, help=what, description=what, epilog=rest, formatter_class=layout)
-        _add_options(command, rows)
-        rows = "".join(row for row in RULE_OPTIONS.splitlines(True) if row.split(" ")[0] not in LEFT_OUT.get(name, ()))
-        _add_options(command.add_argument_group("the rule"), rows, argparse.SUPPRESS)
+        if name in argv:
+            _add_options(command, rows)
+            kept = [row for row in RULE_OPTIONS.splitlines(True) if row.split()[0] not in LEFT_OUT.get(name, ())]
+            _add_options(command.add_argument_group("the rule"), "".join(kept), argparse.SUPPRESS)
     return parser
 
 
@@ -2463,15 +2472,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     run = {"serve": command_serve, "generate": command_generate, "selftest": command_selftest, "check": command_check,
            "demo": command_demo}
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser(argv).parse_args(argv)
         code = run[args.command](args)
         sys.stdout.flush()
         return code
     except ValueError as error:     # RuleError, or a target that is none
         _say("error: %s" % error)
         return wrong_usage
-    except Failure as error:
-        _say("error: %s" % error)
     except KeyboardInterrupt:
         return 130
     except OSError as error:
