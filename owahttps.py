@@ -22,7 +22,6 @@ import errno
 import os
 import re
 import selectors
-import shlex
 import signal
 import socket
 import ssl
@@ -566,6 +565,9 @@ class _HTTPServer(HTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
 
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, getattr(errno, "WSAEMFILE", errno.EMFILE))
+
+
 class RedirectServer(_HTTPServer):
     """An HTTPServer for a RedirectHandler that serves all connections from one thread, with deadlines.
 
@@ -657,9 +659,11 @@ class RedirectServer(_HTTPServer):
         for _ in range(16):
             try:
                 request, client_address = self.get_request()
-            except (BlockingIOError, ConnectionError):
+            except BlockingIOError:
                 return False
-            except OSError:         # out of file descriptors or memory
+            except OSError as error:
+                if error.errno not in OUT_OF_RESOURCES:
+                    continue                # that client is gone already
                 if self._connections:
                     self._drop(next(iter(self._connections)))
                 else:
@@ -2438,7 +2442,7 @@ def command_demo(args: argparse.Namespace) -> int:
             print("%s/  %s %s" % (url, "answers 403.4, as IIS does; the page is at" if args.before else "->",
                                   rule.location("localhost", "/")), flush=True)
             if not args.cert:
-                _say("browsers warn of the demo's certificate; curl -iL --cacert %s %s/" % (shlex.quote(__file__), url))
+                _say('browsers warn of the certificate; curl -iL --cacert "%s" %s/' % (__file__, url))
             _say("Ctrl-C ends it")
             if args.open:
                 import webbrowser
@@ -2466,6 +2470,9 @@ def build_parser(argv: List[str]) -> _Parser:
     return parser
 
 
+READER_GONE = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno.EPIPE,)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     wrong_usage, failed = (3, 3) if argv[0] == "check" else (2, 1)
@@ -2482,7 +2489,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
+        if error.errno not in READER_GONE:
             _say("error: %s%s" % (error.strerror or error, ": %s" % error.filename if error.filename else ""))
         try:
             sys.stdout.flush()
