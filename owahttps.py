@@ -174,8 +174,8 @@ PHRASES = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found",
            308: "Permanent Redirect", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
            414: "URI Too Long", 421: "Misdirected Request", 431: "Request Header Fields Too Large",
            505: "HTTP Version Not Supported"}
-PAGE = "<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{text}\n"
-MOVED = 'This object may be found <a href="%s">here</a>.'
+PAGE = "<!DOCTYPE html>\n<title>%s</title>\n<h1>%s</h1>\n<p>%s\n"
+MOVED = PAGE % ("Object moved", "Object moved", 'This object may be found <a href="%s">here</a>.')
 NO_NAME = "not one server name and port in Host or target"
 LOOP = ("redirect loop: X-Forwarded-Proto says that a proxy already speaks HTTPS and sends its traffic here; "
         "send HTTPS to the application, and plain HTTP alone to this redirect")
@@ -220,12 +220,13 @@ class Answer(NamedTuple):
 
 def _has_body(fields: Fields) -> bool:
     """Whether a request's fields announce a body; raises Refusal where they contradict each other (RFC 9112 §6.3)."""
-    length = fields.get("content-length", "0")
-    if not re.fullmatch("[0-9]+", length):
+    if "content-length" not in fields:
+        return "transfer-encoding" in fields
+    if not re.fullmatch("[0-9]+", fields["content-length"]):
         raise Refusal(400, "Content-Length is not one number")
-    if "transfer-encoding" in fields and "content-length" in fields:
+    if "transfer-encoding" in fields:
         raise Refusal(400, "both Content-Length and Transfer-Encoding")
-    return "transfer-encoding" in fields or length.strip("0") != ""
+    return bool(fields["content-length"].strip("0"))
 
 
 def _target(method: str, target: str, minor: str, fields: Fields) -> Tuple[str, str]:
@@ -268,12 +269,12 @@ def _decide(method: str, target: str, minor: str, fields: Fields, rule: Redirect
     if rule.health and path == rule.health:
         return 200, "", "OK\n", ""
     location = _redirect(name, target, fields, rule)
-    return rule.status, location, PAGE.format(title="Object moved", text=MOVED % escape(location)), ""
+    return rule.status, location, MOVED % escape(location), ""
 
 
-def _log_escape(text: str) -> str:
-    """Printable ASCII without quotes and backslashes; anything else as \\xHH, as nginx writes it."""
-    return _OUTSIDE_LOG.sub(lambda match: "\\x%02X" % ord(match.group()), text)
+def _log_escape(text: str, most: int = MAX_LOGGED) -> str:
+    """Printable ASCII without quotes and backslashes, anything else as \\xHH, as nginx writes it; at most so long."""
+    return _OUTSIDE_LOG.sub(lambda match: "\\x%02X" % ord(match.group()), text[:most])[:most]
 
 
 def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) -> Answer:
@@ -299,7 +300,8 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
     except (Refusal, HostError) as refused:
         status, refusal = refused.args if isinstance(refused, Refusal) else (400, NO_NAME)
         close = unread = True
-        body = PAGE.format(title="%d %s" % (status, PHRASES[status]), text=refusal)
+        title = "%d %s" % (status, PHRASES[status])
+        body = PAGE % (title, title, refusal)
     rest = "\r\nServer: owahttps\r\n"
     if location:
         rest += "Location: %s\r\n" % location
@@ -312,9 +314,9 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
         rest += "Connection: close\r\n"
     if method == "HEAD":
         body = ""
-    line, referer, agent = (_log_escape(field[:MAX_LOGGED])[:MAX_LOGGED] for field in (
-        text.lstrip("\r\n").partition("\r\n")[0], fields.get("referer", "-"), fields.get("user-agent", "-")))
-    log = '"%s" %d %d "%s" "%s"' % (line, status, len(body), referer, agent)
+    log = '"%s" %d %d "%s" "%s"' % (
+        _log_escape(text.lstrip("\r\n").partition("\r\n")[0]), status, len(body),
+        _log_escape(fields.get("referer", "-")), _log_escape(fields.get("user-agent", "-")))
     start = "" if refusal.startswith("TLS") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
     return Answer(start.encode(), (rest + "\r\n" + body).encode("latin-1"), close, unread, log, refusal, token)
 
@@ -1544,7 +1546,7 @@ class _SiteCheck:
     def found(self, id: str, url: object = "", **values: Any) -> None:
         """Add a finding; what is fine is said once, what is not for every URL and address."""
         severity, text = FINDINGS[id]
-        text = text.format(**{key: _log_escape(str(value)[:300]) for key, value in dict(values, url=url).items()})
+        text = text.format(**{key: _log_escape(str(value), 300) for key, value in dict(values, url=url).items()})
         if severity not in ("ok", "note"):
             text += self.where
         elif id in [finding.id for finding in self.findings]:
@@ -1621,7 +1623,7 @@ class _SiteCheck:
         except ValueError:
             self.found("http-garbled", url)
         status, location = (response.status, response.location) if response else (0, "")
-        self.hops.append(Hop(str(url), status, _log_escape(location[:2000]), int(1000 * (time.monotonic() - start))))
+        self.hops.append(Hop(str(url), status, _log_escape(location, 2000), int(1000 * (time.monotonic() - start))))
         self._answers[url] = response
         return response
 
@@ -2369,7 +2371,7 @@ def _report(results: Iterable[Result], quiet: bool) -> int:
         good = got in expected.split("|")
         count, failed = count + 1, failed + (not good)
         if not good:
-            _line("FAIL", "%s: expected %s, got %s" % (what, expected, _log_escape(got[:200])))
+            _line("FAIL", "%s: expected %s, got %s" % (what, expected, _log_escape(got, 200)))
         elif not quiet:
             _line("ok", what)
     print("%d checks, %d failed" % (count, failed))
