@@ -423,6 +423,11 @@ def _error_line(client: str, text: str) -> str:
     return "[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], client, text)
 
 
+# What a handler waits for beside selectors.EVENT_READ and EVENT_WRITE: that the others of this turn have come as far.
+# First all receive, then all answer, then all send: alternating with system calls, Python would run half as fast.
+GO_ON = 4
+
+
 class RedirectHandler(BaseHTTPRequestHandler):
     """Redirects every request of one connection, by the server's `rule`.
 
@@ -446,7 +451,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.buffer = self.outgoing = b""
         self.close_connection = self.unread = self.idle = False
         self.deadline = time.monotonic() + self.head_seconds
-        self._steps = self._serve()
+        self._steps, self.waits_for, self.events = self._serve(), GO_ON, 0  # of which the selector knows these events
         if self.request.gettimeout() != 0:
             self.request.settimeout(self.head_seconds)
 
@@ -454,12 +459,11 @@ class RedirectHandler(BaseHTTPRequestHandler):
         """Leave the socket to the server, which closes it when the handler `waits_for` nothing more."""
 
     def handle(self) -> None:
-        self.handle_one_request()
         while self.request.gettimeout() and self.waits_for and time.monotonic() < self.deadline:
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
-        """Go as far as the bytes go; then waits_for is selectors.EVENT_READ or EVENT_WRITE, or 0 at the end."""
+        """One step as far as the bytes go: receive, answer or send; waits_for is 0 after the last one."""
         try:
             self.waits_for = next(self._steps, 0)
         except OSError:         # the client is gone, or too slow for a blocking socket
@@ -476,8 +480,10 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 return
             more = True
             while more:
+                yield GO_ON
                 more = self._answer(data)
                 data = b""
+                yield GO_ON
                 while self.outgoing:
                     try:
                         self.outgoing = self.outgoing[self.request.send(self.outgoing):]
@@ -583,6 +589,7 @@ class RedirectServer(_HTTPServer):
     """
     request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
     grace_seconds = 2.0         # after a stop, for requests that are under way
+    at_once = 32                # connections that take their steps together
     rule = RedirectRule()
 
     def __init__(self, server_address: Address, RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
@@ -590,6 +597,7 @@ class RedirectServer(_HTTPServer):
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
         self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
         self._connections: OrderedDict[RedirectHandler, None] = OrderedDict()  # who waits longest comes first
+        self._ready: List[RedirectHandler] = []     # who goes on in this turn
         self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
@@ -620,7 +628,11 @@ class RedirectServer(_HTTPServer):
 
     def _wind_up(self) -> None:
         """Accept who has come so far, then no more, and let requests that are under way end."""
-        all(self._accept() for _ in range(self.request_queue_size // 16))
+        for _ in range(self.request_queue_size // self.at_once):
+            more = self._accept()
+            self._go_on()
+            if not more:
+                break
         self._selector.unregister(self.socket)
         self.socket.close()
         for handler in self._connections:
@@ -636,17 +648,13 @@ class RedirectServer(_HTTPServer):
     def _turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
         timeout = max(0, min(timeout, self._next_sweep - time.monotonic()))
-        for turn, (key, _) in enumerate(self._selector.select(timeout)):
-            handler = key.data
-            if (handler is None or turn % 64 == 63) and not self.stopping:  # who is new does not wait for a slow crowd
+        events = self._selector.select(timeout)
+        for start in range(0, len(events), self.at_once):
+            # The listening socket has no handler; it is asked every time, as who is new does not wait for a slow crowd.
+            self._ready = [key.data for key, _ in events[start:start + self.at_once] if key.data]
+            if not self.stopping:
                 self._accept()
-            if handler in self._connections:        # else it was dropped in this turn
-                try:
-                    handler.handle_one_request()
-                    self._settle(handler, key.events)
-                except Exception:
-                    self.handle_error(handler.request, handler.client_address)
-                    self._drop(handler)
+            self._go_on()
         now = time.monotonic()
         if now >= self._next_sweep:
             overdue = list(islice((handler for handler in self._connections if handler.deadline < now), 64))
@@ -656,9 +664,22 @@ class RedirectServer(_HTTPServer):
                     handler.log_error("refused: no whole request head in %g seconds", handler.head_seconds)
                 self._drop(handler)
 
+    def _go_on(self) -> None:
+        """Let all who are ready go on, one step each at a time."""
+        while self._ready:
+            ready, self._ready = self._ready, []
+            for handler in ready:
+                if handler.waits_for:       # else it was dropped in this turn
+                    try:
+                        handler.handle_one_request()
+                        self._settle(handler)
+                    except Exception:
+                        self.handle_error(handler.request, handler.client_address)
+                        self._drop(handler)
+
     def _accept(self) -> bool:
-        """Take up to 16 clients; whether there may be more."""
-        for _ in range(16):
+        """Take a few clients; whether there may be more."""
+        for _ in range(self.at_once):
             try:
                 request, client_address = self.get_request()
             except BlockingIOError:
@@ -683,28 +704,34 @@ class RedirectServer(_HTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         request.setblocking(False)
-        self._settle(self.RequestHandlerClass(request, client_address, self))   # type: ignore
+        self._ready.append(self.RequestHandlerClass(request, client_address, self))     # type: ignore
 
-    def _settle(self, handler: RedirectHandler, events: int = 0) -> None:
-        """See to it that the selector, which knows of these events, waits for what this handler waits for."""
+    def _settle(self, handler: RedirectHandler) -> None:
+        """See to it that the selector waits for what this handler waits for."""
+        if handler.waits_for == GO_ON:
+            self._ready.append(handler)
+            return
         if not handler.waits_for:
             self._drop(handler)
             return
-        if not events:
-            if len(self._connections) >= self.max_connections:
-                self._drop(next(iter(self._connections)))
-            self._selector.register(handler.request, handler.waits_for, handler)
-            self._connections[handler] = None
-        elif events != handler.waits_for:
-            self._selector.modify(handler.request, handler.waits_for, handler)
+        if handler.events != handler.waits_for:
+            if handler.events:
+                self._selector.modify(handler.request, handler.waits_for, handler)
+            else:
+                if len(self._connections) >= self.max_connections:
+                    self._drop(next(iter(self._connections)))
+                self._selector.register(handler.request, handler.waits_for, handler)
+                self._connections[handler] = None
+            handler.events = handler.waits_for
         if handler.idle:
             self._connections.move_to_end(handler)
 
     def _drop(self, handler: RedirectHandler) -> None:
-        if handler in self._connections:
+        if handler.events:
             del self._connections[handler]
             with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
                 self._selector.unregister(handler.request)
+        handler.events = handler.waits_for = 0
         self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
