@@ -141,8 +141,8 @@ class RedirectRule(_RuleFields):
             raise RuleError("https port %d is not in 1-65535" % rule.https_port)
         if rule.status not in (301, 302, 307, 308):
             raise RuleError("status %d is not one of 301, 302, 307, 308" % rule.status)
-        return super().__new__(cls, rule.path, names[0] if rule.host else "", rule.https_port, rule.status,
-                               rule.keep_path, tuple(names) if rule.allow_hosts else (), rule.health, rule.acme_dir)
+        strict = {"host": names[0] if rule.host else "", "allow_hosts": tuple(names) * bool(rule.allow_hosts)}
+        return super().__new__(cls, **dict(rule._asdict(), **strict))
 
     @classmethod
     def _make(cls, fields: Iterable[Any]) -> "RedirectRule":    # type: ignore  # _replace() goes through it
@@ -245,17 +245,6 @@ def _target(method: str, target: str, minor: str, fields: Fields) -> Tuple[str, 
     return name, target
 
 
-def _redirect(name: str, target: str, fields: Fields, rule: RedirectRule) -> str:
-    """The Location for a request; raises Refusal."""
-    if fields.get("x-forwarded-proto", "").partition(",")[0].strip().lower() == "https":
-        raise Refusal(421, LOOP)
-    if not name and not rule.host:
-        raise Refusal(400, "no Host field, and the redirect has no --host")
-    if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
-        raise Refusal(421, "this server name is not served here")
-    return rule.location(name, target)
-
-
 def _decide(method: str, target: str, minor: str, fields: Fields, rule: RedirectRule,
             token_file: Optional[bytes]) -> Tuple[int, str, str, str]:
     """Status, Location, body and ACME token for a request; raises Refusal or HostError."""
@@ -268,7 +257,13 @@ def _decide(method: str, target: str, minor: str, fields: Fields, rule: Redirect
         return (404, "", "", token) if token_file is None else (200, "", token_file.decode("latin-1"), token)
     if rule.health and path == rule.health:
         return 200, "", "OK\n", ""
-    location = _redirect(name, target, fields, rule)
+    if fields.get("x-forwarded-proto", "").partition(",")[0].strip().lower() == "https":
+        raise Refusal(421, LOOP)
+    if not name and not rule.host:
+        raise Refusal(400, "no Host field, and the redirect has no --host")
+    if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
+        raise Refusal(421, "this server name is not served here")
+    location = rule.location(name, target)
     return rule.status, location, MOVED % escape(location), ""
 
 
@@ -547,13 +542,12 @@ class _HTTPServer(HTTPServer):
     # Windows would let a second server take the port of one that has SO_REUSEADDR.
     allow_reuse_address = sys.platform != "win32"
 
-    def __init__(self, server_address: Address, RequestHandlerClass: Any,
-                 bind_and_activate: bool = True) -> None:
+    def __init__(self, server_address: Address, *settings: Any) -> None:
         host, port = server_address
         if host == "" and socket.has_ipv6:
             try:
                 self.address_family = socket.AF_INET6
-                super().__init__(("::", port), RequestHandlerClass, bind_and_activate)
+                super().__init__(("::", port), *settings)
                 return
             except OSError as error:
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT):
@@ -561,7 +555,7 @@ class _HTTPServer(HTTPServer):
         # In bytes: for a str, Python would load the IDNA codec, of 0.4 MB.
         info = socket.getaddrinfo((host or "0.0.0.0").encode(), port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
-        super().__init__(info[4][:2], RequestHandlerClass, bind_and_activate)   # type: ignore
+        super().__init__(info[4][:2], *settings)    # type: ignore
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -732,6 +726,7 @@ class RedirectServer(_HTTPServer):
             with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
                 self._selector.unregister(handler.request)
         handler.events = handler.waits_for = 0
+        handler._steps = iter(())       # those refer to it: a cycle would wait for the garbage collector
         self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
@@ -1608,31 +1603,33 @@ class _SiteCheck:
             return b"", {}
 
     def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
-        values: Fields = dict(origin=url.origin, host=url.name)
+        def found(id: str, **values: Any) -> None:
+            self.found(id, origin=url.origin, host=url.name, **values)
+
+        def passes(*trusting: Any) -> Fields:
+            return self._certificate(url, _trusting(*trusting))[1]
         context, now = _trusting(self.trust), time.time()
-        fields = self._certificate(url, context)[1]
-        trusted = bool(fields)
+        trusted = fields = self._certificate(url, context)[1]
         if not trusted:
             context = _trusting(self.trust, False)
             context.verify_mode = ssl.CERT_NONE
             # Then one question at a time.  With itself as its anchor (X509_V_FLAG_PARTIAL_CHAIN) and at any time
             # (X509_V_FLAG_NO_CHECK_TIME), what does it say, and does it say the name?
             itself, flags = {"cadata": ssl.DER_cert_to_PEM_cert(self._certificate(url, context)[0])}, 0x80000 | 0x200000
-            fields = self._certificate(url, _trusting(itself, False, flags))[1]
-            if fields and not self._certificate(url, _trusting(itself, True, flags))[1]:
-                self.found("redirection-invalid-cert.name", **values)
+            fields = passes(itself, False, flags)
+            if fields and not passes(itself, True, flags):
+                found("redirection-invalid-cert.name")
         begin, end = [ssl.cert_time_to_seconds(fields[name]) if fields else now for name in ("notBefore", "notAfter")]
-        any_time = 0 if begin <= now <= end else 0x200000
         if begin > now:
-            self.found("redirection-invalid-cert.not-yet-valid", date=fields["notBefore"], **values)
+            found("redirection-invalid-cert.not-yet-valid", date=fields["notBefore"])
         elif end < now:
-            self.found("redirection-invalid-cert.expired", date=fields["notAfter"], **values)
+            found("redirection-invalid-cert.expired", date=fields["notAfter"])
         elif fields and end - now < 14 * 86400:
-            self.found("cert-expires-soon", date=fields["notAfter"], days=int((end - now) / 86400), **values)
+            found("cert-expires-soon", date=fields["notAfter"], days=int((end - now) / 86400))
         # And, whatever its name and its own time, does it lead to a trusted authority?
-        if not trusted and not self._certificate(url, _trusting(self.trust, False, any_time))[1]:
+        if not trusted and not passes(self.trust, False, 0 if begin <= now <= end else 0x200000):
             self_signed = fields and fields["issuer"] == fields["subject"]
-            self.found("redirection-invalid-cert." + ("self-signed" if self_signed else "chain"), **values)
+            found("redirection-invalid-cert." + ("self-signed" if self_signed else "chain"))
         return context
 
     def _ask(self, url: Url) -> Optional[Response]:
@@ -1912,11 +1909,7 @@ ACME token through a symbolic link [acme_dir] | 404             | GET /.well-kno
     for char in chars)
 
 
-class Case(NamedTuple):
-    what: str
-    needs: str
-    expect: str
-    request: bytes
+Case = Tuple[str, str, str, bytes]      # what it is, the field it needs, what must come back, the request
 
 
 def cases() -> Iterator[Case]:
@@ -1928,8 +1921,8 @@ def cases() -> Iterator[Case]:
             request = request.replace(short, long)
         while re.search(r"\([^()]+\*[0-9]+\)", request):
             request = re.sub(r"\(([^()]+)\*([0-9]+)\)", lambda match: match.group(1) * int(match.group(2)), request)
-        yield Case(what, needs, expect.replace("TO", "https://mail.example.com"),
-                   request.encode("latin-1").decode("unicode_escape").encode("latin-1"))
+        yield (what, needs, expect.replace("TO", "https://mail.example.com"),
+               request.encode("latin-1").decode("unicode_escape").encode("latin-1"))
 
 
 def _conversation(address: Address, request: bytes, seconds: float) -> bytes:
@@ -1951,7 +1944,7 @@ def _conversation(address: Address, request: bytes, seconds: float) -> bytes:
 
 
 def _answers(data: bytes, request: bytes) -> str:
-    """All answers in what came back, as Case.expect writes them; whatever does not belong there shows."""
+    """All answers in what came back, as CASES writes them; whatever does not belong there shows."""
     text, found = data.decode("latin-1"), []
     while text.startswith("HTTP/"):
         head, _, text = text.partition("\r\n\r\n")
@@ -1967,11 +1960,11 @@ def _answers(data: bytes, request: bytes) -> str:
     return ", ".join(found + [text[:60]] * bool(text)) or "closed"
 
 
-def _applies(case: Case, rule: RedirectRule) -> bool:
-    return not case.needs or bool(getattr(rule, case.needs.split()[-1])) != case.needs.startswith("no ")
+def _applies(needs: str, rule: RedirectRule) -> bool:
+    return not needs or bool(getattr(rule, needs.split()[-1])) != needs.startswith("no ")
 
 
-def _expected(case: Case, rule: RedirectRule) -> str:
+def _expected(expect: str, rule: RedirectRule) -> str:
     """A case's expectation, written for the default rule, in terms of this one."""
     def answer_to(match: "re.Match[str]") -> str:
         name, path = match.groups()
@@ -1982,7 +1975,7 @@ def _expected(case: Case, rule: RedirectRule) -> str:
         port = ":%d" % rule.https_port if rule.https_port != 443 else ""
         return "%d https://%s%s%s" % (rule.status, rule.host or name, port, path)
     refused = "400|421" if rule.allow_hosts else "400"      # no name is not an allowed name either
-    return re.sub(r"302 https://([^/]+)([^ ,]+)", answer_to, re.sub("^400$", refused, case.expect))
+    return re.sub(r"302 https://([^/]+)([^ ,]+)", answer_to, re.sub("^400$", refused, expect))
 
 
 Result = Tuple[str, str, str]       # what was tried, what was expected ("a|b": either), what came
@@ -1994,15 +1987,16 @@ def try_cases(address: Address, rule: RedirectRule, done: Tuple[RedirectRule, ..
     from concurrent.futures import ThreadPoolExecutor
 
     def try_case(case: Case) -> Result:
+        what, _, expect, request = case
         try:
-            request = case.request.replace(b" /health ", b" %s " % rule.health.encode())
+            request = request.replace(b" /health ", b" %s " % rule.health.encode())
             got = _answers(_conversation(address, request, seconds), request)
         except OSError as error:
             got = _reason(error)
-        return case.what, _expected(case, rule), got
+        return what, _expected(expect, rule), got
     with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(try_case, [case for case in cases() if _applies(case, rule)
-                                       and not any(_applies(case, other) for other in done)])
+        yield from pool.map(try_case, [case for case in cases() if _applies(case[1], rule)
+                                       and not any(_applies(case[1], other) for other in done)])
 
 
 @contextlib.contextmanager
@@ -2151,7 +2145,7 @@ TARGET...               host name, host:port or http URL
 --ca-file FILE          trust these authorities, not the system's
 --connect HOST:PORT     ask there, for the same name
 -4, --ipv4              IPv4 alone
--6, --ipv6              IPv6 alone
+-6, --ipv6              IPv6 alone; the last one counts
 --timeout SECONDS=10    for each request
 --json                  one JSON object a target
 --quiet                 print warnings and worse alone
@@ -2184,11 +2178,11 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search("(?:invalid choice: '|unrecognized arguments: )([^ =']+)", message)
         if wrong:
             import difflib
-            words = re.findall("--[a-z0-9-]+", RULE_OPTIONS + str(USAGE)) + list(USAGE) + list(RECIPES)
-            near = difflib.get_close_matches(wrong.group(1), words, 1)
+            word, options = wrong.group(1), re.findall("--[a-z0-9-]+", RULE_OPTIONS + str(USAGE))
+            near = difflib.get_close_matches(word, options if word[0] == "-" else list(USAGE) + list(RECIPES), 1)
             message = message.partition(" (choose")[0] + (": did you mean %s?" % near[0] if near else "")
-            if near == [wrong.group(1)]:
-                message = "%s does not belong there" % near[0]
+            if near == [word]:
+                message = "%s does not belong there" % word
         raise RuleError(message + " (--help lists what there is)")
 
 
@@ -2206,20 +2200,23 @@ VALUES: Dict[str, Fields] = {       # what an option takes, where that is not an
     "--port": {"type": _number(0, 65535)}, "--https-port": {"type": _number(0, 65535)},
     "--http-port": {"type": _number(1, 65535)}, "--status": {"type": int}, "--site": {"type": _number(1, 10 ** 9)},
     "--max-connections": {"type": _number(0, 500 if sys.platform == "win32" else 10 ** 6)},
-    "--timeout": {"type": _number(0.1, 9999.0)}}
+    "--timeout": {"type": _number(0.1, 9999.0)},
+    "--ipv4": {"action": "store_const", "dest": "family", "const": socket.AF_INET},
+    "--ipv6": {"action": "store_const", "dest": "family", "const": socket.AF_INET6}}
 
 
 def _add_options(parser: Any, rows: str, unset: str = "") -> None:
     row = r"(?m)^(-\w, )?(\S+?)(?: ([A-Z:]+))?(\.\.\.)?(?:=(\S+))? +(.+)$"
     for short, name, metavar, many, default, text in re.findall(row, rows):
-        settings = dict(VALUES.get(name, {}), help=text + (" (%s)" % default if default else ""))
+        names = [name.lower()] if name.isupper() else [short[:2], name][not short:]
+        settings: Fields = {"help": text + (" (%s)" % default if default else ""), "default": default or unset}
         if name.isupper():
-            parser.add_argument(name.lower(), metavar=name, nargs="+" if many else "?", default=default, **settings)
-        elif metavar:
-            parser.add_argument(name, metavar=metavar, dest=name[2:].replace("-", "_") + "s" * bool(many),
-                                action="append" if many else "store", default=default or unset, **settings)
+            settings.update(metavar=name, nargs="+" if many else "?")
+        elif many:
+            settings.update(metavar=metavar, action="append", dest=name[2:].replace("-", "_") + "s")
         else:
-            parser.add_argument(*filter(None, (short[:2], name)), action="store_true", default=unset, **settings)
+            settings.update({"metavar": metavar} if metavar else {"action": "store_true"})
+        parser.add_argument(*names, **dict(settings, **VALUES.get(name, {})))
 
 
 def _rule_fields(args: argparse.Namespace) -> Fields:
@@ -2272,11 +2269,13 @@ def _drop_to(user: str) -> None:
     try:
         import pwd
         entry = pwd.getpwnam(user)
+        os.initgroups(user, entry.pw_gid)
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
     except (ImportError, KeyError):
-        raise OSError("there is no such user here") from None
-    os.initgroups(user, entry.pw_gid)
-    os.setgid(entry.pw_gid)
-    os.setuid(entry.pw_uid)
+        raise OSError("there is no user %a here" % user) from None
+    except OSError as error:
+        raise OSError("cannot become user %a: %s" % (user, error.strerror)) from None
 
 
 def _on_signal(stop: Callable[[], Any]) -> None:
@@ -2295,24 +2294,14 @@ def _warnings(rule: RedirectRule, host: str, user: str) -> Iterator[str]:
         yield "Let's Encrypt follows redirects to ports 80 and 443 alone: --acme-dir serves its tokens here"
 
 
-def _reopen_standard_files() -> None:
-    """A standard file that was closed would become a socket's, and get the log: give it to the null device."""
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
-            if fd == 1:
-                _say("standard output is closed: no access log")
-
-
 def command_serve(args: argparse.Namespace) -> int:
     rule = RedirectRule(**_rule_fields(args))
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
         raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
     if rule.https_port == args.port:
         raise RuleError("--https-port %d is the port of plain HTTP: a loop" % rule.https_port)
-    _reopen_standard_files()
+    while os.open(os.devnull, os.O_RDWR) < 2:       # a standard file's number must not become a socket's, and get the log
+        pass
     try:
         server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
                                 max_connections=args.max_connections or _connection_cap())
@@ -2320,10 +2309,7 @@ def command_serve(args: argparse.Namespace) -> int:
         raise OSError(_bind_trouble(error, args.bind, args.port)) from None
     with server:
         if args.user:
-            try:
-                _drop_to(args.user)
-            except OSError as error:
-                raise OSError("cannot become user %a: %s" % (args.user, _reason(error))) from None
+            _drop_to(args.user)
         if rule.acme_dir and not os.access(rule.acme_dir, os.R_OK | os.X_OK):
             raise OSError("--acme-dir %a cannot be read%s" % (rule.acme_dir, args.user and " by user " + args.user))
         _on_signal(server.stop)
@@ -2426,14 +2412,11 @@ def command_check(args: argparse.Namespace) -> int:
         ssl.create_default_context(**trust)
     except OSError as error:
         raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
-    if args.ipv4 and args.ipv6:
-        raise RuleError("-4 and -6 together leave no address: give one of them")
-    family = socket.AF_INET if args.ipv4 else socket.AF_INET6 if args.ipv6 else 0
     RedirectRule(**fields)
     for target in filter(None, args.target + [args.connect]):
         _site(target)
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(check, target, fields, args.connect, family, trust, args.timeout)
+        waiting = [pool.submit(check, target, fields, args.connect, args.family or 0, trust, args.timeout)
                    for target in args.target]
         while sys.stderr.isatty() and wait(waiting, 1).not_done:
             done = sum(future.done() for future in waiting)
@@ -2504,6 +2487,9 @@ READER_GONE = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if not sys.stdout:          # Python's None for one that was closed
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
+        _say("standard output is closed: nobody will see what goes there")
     wrong_usage, failed = (3, 3) if argv[0] == "check" else (2, 1)
     run = {"serve": command_serve, "generate": command_generate, "selftest": command_selftest, "check": command_check,
            "demo": command_demo}

@@ -204,11 +204,11 @@ def test_both_servers_answer_every_case_alike(monkeypatch, token_folder):
         stock = StockServer(("127.0.0.1", 0), RedirectHandler)
         stock.rule = rule
         with running(stock) as (_, stock_port), running(RedirectServer(("127.0.0.1", 0), rule=rule)) as (_, port):
-            for case in CASES:
-                ours = owahttps._conversation(("127.0.0.1", port), case.request, 3)
-                assert ours == owahttps._conversation(("127.0.0.1", stock_port), case.request, 3), case.what
-                if owahttps._applies(case, rule):
-                    assert owahttps._answers(ours, case.request) in owahttps._expected(case, rule).split("|"), case.what
+            for what, needs, expect, request in CASES:
+                ours = owahttps._conversation(("127.0.0.1", port), request, 3)
+                assert ours == owahttps._conversation(("127.0.0.1", stock_port), request, 3), what
+                if owahttps._applies(needs, rule):
+                    assert owahttps._answers(ours, request) in owahttps._expected(expect, rule).split("|"), what
                 if ours:
                     assert ours.count(b"\r\nDate: " + DATE + b"\r\n") == ours.count(b"HTTP/1.1 ")
                     assert b"\r\nServer: owahttps\r\n" in ours and b"\r\nConnection: close\r\n" in ours
@@ -327,7 +327,7 @@ def test_serve_tells_where_and_logs_in_combined_format():
     (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--max-connections", "-1"], 2, "-1"), (["generate", "--site", "0"], 2, "'0'"),
     (["generate", "--http-port", "0"], 2, "'0'"), (["serve", "--health", "/exchange"], 2, "health"),
     (["serve", "--user", "no-such-user", "--bind", "127.0.0.1", "--port", "0"], 1, "no-such-user"), (["--quiet", "serve"], 2, "does not belong"),
-    (["demo", "--host", "a"], 2, "--host"), (["check", "--health", "/x", "a"], 3, "--health"), (["check", "-4", "-6", "a"], 3, "-4"), (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
+    (["demo", "--host", "a"], 2, "--host"), (["check", "--health", "/x", "a"], 3, "--health"), (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
     (["check", "a", "--ca-file", "/no/such"], 3, "/no/such"), (["check", "--tmieout", "3", "a"], 3, "--timeout"), (["demo", "--cert", "/no/such"], 2, "/no/such")])
 def test_errors_are_one_line(argv, code, says):
     got, out, err = run(*argv)
