@@ -87,11 +87,9 @@ def server_name(authority: str) -> str:
         raise HostError("%a is not a server name (letters, digits, '-', '_' and '.', or [IPv6])" % authority[:300])
     name = (match.group("name") or match.group("ipv6")).lower()
     try:
-        quad = name
         if match.group("ipv6"):
             IPv6Address(name[1:-1])
-            quad = name[1:-1].rpartition(":")[2] if "." in name else ""
-        if _ENDS_IN_NUMBER.fullmatch(quad) and str(IPv4Address(quad)) != quad:      # "01" passes before Python 3.9.5
+        elif _ENDS_IN_NUMBER.fullmatch(name) and str(IPv4Address(name)) != name:    # "01" passes before Python 3.9.5
             raise AddressValueError
     except AddressValueError:
         raise HostError("%a is not an IP address" % authority) from None
@@ -253,7 +251,7 @@ def _decide(method: str, target: str, minor: str, fields: Fields, rule: Redirect
     if target == "*":
         return 204, "", "", ""
     if rule.acme_dir and path.startswith(ACME_PREFIX):
-        token = path[len(ACME_PREFIX):] if re.fullmatch("[A-Za-z0-9_-]+", path[len(ACME_PREFIX):]) else ""
+        token = "".join(re.findall(r"\A[A-Za-z0-9_-]+\Z", path[len(ACME_PREFIX):]))
         return (404, "", "", token) if token_file is None else (200, "", token_file.decode("latin-1"), token)
     if rule.health and path == rule.health:
         return 200, "", "OK\n", ""
@@ -342,7 +340,7 @@ class Log:
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
         self.lines: Deque[str] = deque()
-        self.lost, self._counting = 0, threading.Lock()     # lines that nobody will see
+        self.refused = self.failed = self.told = 0      # lines that nobody will see; a count has one thread that adds
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -353,7 +351,7 @@ class Log:
             if not self._more.is_set():     # asked after the append: the thread clears it before it looks
                 self._more.set()
         else:
-            self._lose(1)
+            self.refused += 1
 
     def _run(self) -> None:
         faulty = False
@@ -371,21 +369,17 @@ class Log:
                 faulty = False
                 self._tell_lost()
             except OSError as error:
-                self._lose(len(lines))
+                self.failed += len(lines)
                 if not faulty:
                     self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
                 faulty = True
             for _ in lines:
                 self.lines.popleft()
 
-    def _lose(self, count: int) -> None:
-        with self._counting:
-            self.lost += count
-
     def _tell_lost(self) -> None:
-        with self._counting:
-            lost, self.lost = self.lost, 0
+        lost = self.refused + self.failed - self.told
         if lost:
+            self.told += lost
             self.tell("%d lines of the log were lost" % lost)
 
     def close(self) -> None:
@@ -393,7 +387,7 @@ class Log:
         self._closing.set()
         self._more.set()
         self._thread.join(0.5)
-        self._lose(len(self.lines))
+        self.failed += len(self.lines)
         self._tell_lost()
 
 
@@ -589,7 +583,8 @@ class RedirectServer(_HTTPServer):
     def __init__(self, server_address: Address, RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
                  bind_and_activate: bool = True, *, rule: RedirectRule = rule, max_connections: int = 450,
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
-        self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
+        self.rule, self.access_log, self.error_log = rule, access_log, error_log
+        self.max_connections = min(max_connections, 500) if sys.platform == "win32" else max_connections    # for select()
         self._connections: OrderedDict[RedirectHandler, None] = OrderedDict()  # who waits longest comes first
         self._ready: List[RedirectHandler] = []     # who goes on in this turn
         self.stopping, self._stopped = False, threading.Event()
@@ -1060,14 +1055,12 @@ def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, 
     if "article" in peculiar:
         method, page = "article", asp_page(rule, http_port)
     else:
-        statuses = {301, 302, 307, 308} if "since2016" in peculiar else {301, 302, 307}
-        statuses &= {302} if method == "403.4" else statuses
         _refuse(name, (not rule.host, "redirects to an absolute address: give --host"),
                 (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
                 (rule.allow_hosts or rule.health or rule.acme_dir, "cannot do --allow-host, --health or --acme-dir"),
                 (http_port != 80, "is for port 80"),
-                (rule.status not in statuses,
-                 "with method %s has status %s alone" % (method, " or ".join(map(str, sorted(statuses))))))
+                (rule.status != 302 and method == "403.4", "with method 403.4 has status 302 alone"),
+                (rule.status == 308 and "until2013" in peculiar, "has no status 308: that needs IIS 10"))
     marks = [name, method] + peculiar.split()
     values = dict(
         rule._asdict(), name=name, iis=iis, method=method, http_port=http_port, site=site, host=rule.host or "HOST",
@@ -2121,7 +2114,7 @@ RECIPE=exchange2000     one of --list
 --write DIR             write the files there instead, never over one that differs
 --method METHOD=redirect  Exchange 2007 and later: redirect, Microsoft's HTTP Redirect, or 403.4, the article's
 --site NUMBER=1         IIS 5 and 6: the Web site's number
---http-port PORT=80     the port of plain HTTP
+--http-port NUMBER=80   the port of plain HTTP
 
 examples:
   owahttps.py generate                                     the article: ASP page and IIS steps
@@ -2144,8 +2137,8 @@ Is port 80 of these sites handled right?
 TARGET...               host name, host:port or http URL
 --ca-file FILE          trust these authorities, not the system's
 --connect HOST:PORT     ask there, for the same name
--4, --ipv4              IPv4 alone
--6, --ipv6              IPv6 alone; the last one counts
+-4                      IPv4 alone
+-6                      IPv6 alone
 --timeout SECONDS=10    for each request
 --json                  one JSON object a target
 --quiet                 print warnings and worse alone
@@ -2195,28 +2188,23 @@ def _number(low: float, high: float) -> Callable[[str], Any]:
     return number
 
 
-VALUES: Dict[str, Fields] = {       # what an option takes, where that is not any text
-    "RECIPE": {"choices": list(RECIPES)}, "--method": {"choices": ("redirect", "403.4")},
-    "--port": {"type": _number(0, 65535)}, "--https-port": {"type": _number(0, 65535)},
-    "--http-port": {"type": _number(1, 65535)}, "--status": {"type": int}, "--site": {"type": _number(1, 10 ** 9)},
-    "--max-connections": {"type": _number(0, 500 if sys.platform == "win32" else 10 ** 6)},
-    "--timeout": {"type": _number(0.1, 9999.0)},
-    "--ipv4": {"action": "store_const", "dest": "family", "const": socket.AF_INET},
-    "--ipv6": {"action": "store_const", "dest": "family", "const": socket.AF_INET6}}
+VALUES: Dict[str, Fields] = {       # what an option takes, by its NAME, where that is not any text
+    "PORT": {"type": _number(0, 65535)}, "CODE": {"type": int}, "NUMBER": {"type": _number(1, 65535)},
+    "N": {"type": _number(0, 10 ** 6)}, "SECONDS": {"type": _number(0.1, 9999.0)},
+    "METHOD": {"choices": ("redirect", "403.4")}, "RECIPE": {"choices": list(RECIPES)}}
 
 
 def _add_options(parser: Any, rows: str, unset: str = "") -> None:
-    row = r"(?m)^(-\w, )?(\S+?)(?: ([A-Z:]+))?(\.\.\.)?(?:=(\S+))? +(.+)$"
-    for short, name, metavar, many, default, text in re.findall(row, rows):
-        names = [name.lower()] if name.isupper() else [short[:2], name][not short:]
-        settings: Fields = {"help": text + (" (%s)" % default if default else ""), "default": default or unset}
-        if name.isupper():
-            settings.update(metavar=name, nargs="+" if many else "?")
-        elif many:
-            settings.update(metavar=metavar, action="append", dest=name[2:].replace("-", "_") + "s")
-        else:
-            settings.update({"metavar": metavar} if metavar else {"action": "store_true"})
-        parser.add_argument(*names, **dict(settings, **VALUES.get(name, {})))
+    row = r"(?m)^(-\S+ )?([A-Z:]+)?(\.\.\.)?(?:=(\S+))? +(.+)$"
+    for option, metavar, many, default, text in re.findall(row, rows):
+        name = (option or metavar.lower()).strip()
+        settings = dict(VALUES.get(metavar, {}), help=text + (" (%s)" % default if default else ""))
+        settings.update({"metavar": metavar} if metavar else {"action": "store_true"}, default=default or unset)
+        if many and option:
+            settings.update(action="append", dest=name[2:].replace("-", "_") + "s")
+        elif not option:
+            settings.update(nargs="+" if many else "?")
+        parser.add_argument(name, **settings)
 
 
 def _rule_fields(args: argparse.Namespace) -> Fields:
@@ -2412,11 +2400,12 @@ def command_check(args: argparse.Namespace) -> int:
         ssl.create_default_context(**trust)
     except OSError as error:
         raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
+    family = socket.AF_INET if vars(args)["4"] else socket.AF_INET6 if vars(args)["6"] else 0
     RedirectRule(**fields)
     for target in filter(None, args.target + [args.connect]):
         _site(target)
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(check, target, fields, args.connect, args.family or 0, trust, args.timeout)
+        waiting = [pool.submit(check, target, fields, args.connect, family, trust, args.timeout)
                    for target in args.target]
         while sys.stderr.isatty() and wait(waiting, 1).not_done:
             done = sum(future.done() for future in waiting)
