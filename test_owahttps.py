@@ -241,6 +241,32 @@ def test_answers(head, status, has):
     assert result.rest.endswith(b"\r\n\r\n") == (head[:4] in ("HEAD", "OPTI"))
 
 
+# What sorts before or after a word that decides must not be taken for it; a limit holds to the byte.
+@pytest.mark.parametrize("line, fields, status", [
+    ("GET /a", "", 302), ("GET /health", "", 200), ("GET /i", "", 302), ("GET /healthy", "", 302), ("POST /health", "", 302),
+    ("OPTIONS !", "", 400), ("OPTIONS evil", "", 400), ("PUT *", "", 400), ("GET *", "", 400), ("OPTIONS *", "", 204),
+    ("GET /", "X-Forwarded-Proto: http", 302), ("GET /", "X-Forwarded-Proto: wss", 302), ("GET /", "X-Forwarded-Proto: HTTPS, http", 421),
+    ("GET /" + "a" * 8191, "", 302), ("GET /" + "a" * 8192, "", 414),
+    ("GET /", "X: " + "a" * (32768 - 32), 302), ("GET /", "X: " + "a" * (32768 - 31), 431)], ids=lambda value: str(value)[:30])
+def test_near_misses_and_limits(line, fields, status):
+    head = "%s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (line, fields and fields + "\r\n")
+    result = owahttps.answer(head.encode(), RedirectRule(health="/health"))
+    assert result.start[9:12] == b"%d" % status
+    assert status == 204 or b"\r\nContent-Length: %d\r\n" % len(result.rest.partition(b"\r\n\r\n")[2]) in result.rest
+
+
+@pytest.mark.parametrize("fields, location", [
+    (dict(health="/a"), "https://n/exchange"), (dict(health="/z"), "https://n/exchange"), (dict(https_port=1), "https://n:1/exchange"),
+    (dict(https_port=442), "https://n:442/exchange"), (dict(https_port=65535), "https://n:65535/exchange")])
+def test_rules_at_the_limits(fields, location):
+    assert RedirectRule(**fields).location("n", "/") == location
+
+
+def test_fields_in_the_log_have_a_limit():
+    result = owahttps.answer(b"GET / HTTP/1.1\r\nHost: a\r\nReferer: %s\r\nUser-Agent: %s\r\n\r\n" % (b"r" * 1001, b"\xff" * 251), RedirectRule())
+    assert result.log.split(" ")[-2:] == ['"%s"' % ("r" * 1000), '"%s"' % ("\\xFF" * 250)]
+
+
 def test_what_is_plain_text_says_so(token_folder):
     rule = RedirectRule(health="/health", acme_dir=token_folder, https_port=1)
     for target, status in (("/health", b"200"), (owahttps.ACME_PREFIX + "none", b"404")):
