@@ -84,7 +84,7 @@ def server_name(authority: str) -> str:
     """
     match = _AUTHORITY.fullmatch(authority)
     if not match or not 1 <= int((match.group("port") or ":80")[1:]) <= 65535:
-        raise HostError("%a is not a server name (letters, digits, '-', '_' and '.', or [IPv6])" % authority[:300])
+        raise HostError("%a is not a server name (letters, digits, '-', '_' and '.', or [IPv6]; port 1-65535)" % authority[:300])
     name = (match.group("name") or match.group("ipv6")).lower()
     try:
         if match.group("ipv6"):
@@ -133,13 +133,13 @@ class RedirectRule(_RuleFields):
         for path in (rule.path, rule.health or "/"):
             if not _PATH.fullmatch(path):
                 raise RuleError("path %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /" % path)
-        if rule.health and rule.health == rule.path:
+        if rule.health in (rule.path, "/"):
             raise RuleError("path %a cannot be the health check too" % rule.path)
         if not 1 <= rule.https_port <= 65535:
             raise RuleError("https port %d is not in 1-65535" % rule.https_port)
         if rule.status not in (301, 302, 307, 308):
             raise RuleError("status %d is not one of 301, 302, 307, 308" % rule.status)
-        strict = {"host": names[0] if rule.host else "", "allow_hosts": tuple(names) * bool(rule.allow_hosts)}
+        strict = {"host": names[0] if rule.host else "", "allow_hosts": tuple(dict.fromkeys(names)) * bool(rule.allow_hosts)}
         return super().__new__(cls, **dict(rule._asdict(), **strict))
 
     @classmethod
@@ -191,9 +191,9 @@ _FAULTS = [(re.compile(pattern, re.DOTALL), status, reason) for pattern, status,
     (r"\x16", 400, "TLS on the plain HTTP port"),
     (r"[^\n]{%d}|(?:\r\n)?%s [^\n ]{%d}" % (MAX_TARGET + 64, _TOKEN, MAX_TARGET + 1), 414, "request target too long"),
     (r".{%d}" % (MAX_HEAD + 1), 431, "request head too long"),
+    (r"(?:\r\n)?%s [^\r\n ]+ HTTP/(?!1\.)[0-9]+\.[0-9]+\r\n" % _TOKEN, 505, "not HTTP/1"),
     (r".*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", 400, "control byte"),
     (r".*(?:\r(?!\n)|(?<!\r)\n)", 400, "lone CR or LF"),
-    (r"(?:\r\n)?%s [^\r\n ]+ HTTP/(?!1\.)[0-9]+\.[0-9]+\r\n" % _TOKEN, 505, "not HTTP/1"),
     (r"(?!%s)" % _REQUEST_LINE, 400, "malformed request line"),
     (r".*\n[\t ]", 400, "folded field line"),
     (r"", 400, "malformed field line"))]
@@ -340,7 +340,7 @@ class Log:
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
         self.lines: Deque[str] = deque()
-        self.refused = self.failed = self.told = 0      # lines that nobody will see; a count has one thread that adds
+        self.refused = self.failed = self.told = 0      # lines that nobody will see
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -441,22 +441,18 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.close_connection = self.unread = self.idle = False
         self.deadline = time.monotonic() + self.head_seconds
         self._steps, self.waits_for, self.events = self._serve(), GO_ON, 0  # of which the selector knows these events
-        if self.request.gettimeout() != 0:
-            self.request.settimeout(self.head_seconds)
 
     def finish(self) -> None:
         """Leave the socket to the server, which closes it when the handler `waits_for` nothing more."""
 
     def handle(self) -> None:
-        while self.request.gettimeout() and self.waits_for and time.monotonic() < self.deadline:
+        while self.request.gettimeout() != 0 and self.waits_for and time.monotonic() < self.deadline:
+            self.request.settimeout(max(0.001, self.deadline - time.monotonic()))
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
         """One step as far as the bytes go: receive, answer or send; waits_for is 0 after the last one."""
-        try:
-            self.waits_for = next(self._steps, 0)
-        except OSError:         # the client is gone, or too slow for a blocking socket
-            self.waits_for = 0
+        self.waits_for = next(self._steps, 0)
 
     def _serve(self) -> Iterator[int]:
         while not self.close_connection:
@@ -465,7 +461,9 @@ class RedirectHandler(BaseHTTPRequestHandler):
             except BlockingIOError:
                 yield selectors.EVENT_READ
                 continue
-            if not data:
+            except OSError:
+                data = b""
+            if not data:            # the client is gone, or too slow for a blocking socket
                 return
             more = True
             while more:
@@ -478,18 +476,21 @@ class RedirectHandler(BaseHTTPRequestHandler):
                         self.outgoing = self.outgoing[self.request.send(self.outgoing):]
                     except BlockingIOError:
                         yield selectors.EVENT_WRITE
+                    except OSError:
+                        return
                 if more:
                     yield selectors.EVENT_WRITE
             if not self.close_connection:
                 yield selectors.EVENT_READ
         if self.unread or self.buffer:      # to close at once would reset the answer
-            self.request.shutdown(socket.SHUT_WR)
             self.buffer, self.deadline = b"", time.monotonic() + self.drain_seconds
-            while self.drain_bytes > 0:
-                yield selectors.EVENT_READ
-                with contextlib.suppress(BlockingIOError):
-                    data = self.request.recv(8192)
-                    self.drain_bytes -= len(data) or self.drain_bytes
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_WR)
+                while self.drain_bytes > 0:
+                    yield selectors.EVENT_READ
+                    with contextlib.suppress(BlockingIOError):
+                        data = self.request.recv(8192)
+                        self.drain_bytes -= len(data) or self.drain_bytes
 
     def _answer(self, data: bytes) -> bool:
         """Answer what is whole with this data, into `outgoing`; whether there may be more of it."""
@@ -499,7 +500,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         while not self.close_connection and len(answers) < self.answers_at_once:
             end = buffer.find(b"\r\n\r\n", start) + 4
             if end < 4:
-                if not is_hopeless(buffer, len(data)):
+                if not is_hopeless(buffer, len(data) or len(buffer)):
                     break
                 end = len(buffer)
             head, buffer, start = buffer[:end], buffer[end:], 0
@@ -515,7 +516,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
                     self.access_log.write("%s - - [%s] %s\n" % (self.client, log_date, result.log))
             if result.refusal:
                 self.log_error("refused: %s", result.refusal)
-            self.close_connection, self.unread = result.close or self.last, result.unread
+            self.close_connection, self.unread = result.close or self.last, result.unread or self.last
         self.buffer, self.outgoing = buffer, b"".join(answers)
         if answers or self.idle:
             self.idle = not buffer
@@ -572,8 +573,8 @@ class RedirectServer(_HTTPServer):
     max_connections  at the cap, the connection that has waited longest makes room for a new one
     access_log, error_log   anything with write(str), or None
 
-    serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver; stop() is
-    shutdown() without the wait, for a signal handler.
+    serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver, but at its end
+    serve_forever() closes the socket: it runs once.  stop() is shutdown() without the wait, for a signal handler.
     """
     request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
     grace_seconds = 2.0         # after a stop, for requests that are under way
@@ -585,7 +586,8 @@ class RedirectServer(_HTTPServer):
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
         self.rule, self.access_log, self.error_log = rule, access_log, error_log
         self.max_connections = min(max_connections, 500) if sys.platform == "win32" else max_connections    # for select()
-        self._connections: OrderedDict[RedirectHandler, None] = OrderedDict()  # who waits longest comes first
+        # Who waits longest comes first; with the deadline that was set when the wait began.
+        self._connections: OrderedDict[RedirectHandler, float] = OrderedDict()
         self._ready: List[RedirectHandler] = []     # who goes on in this turn
         self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
@@ -593,11 +595,10 @@ class RedirectServer(_HTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         self._stopped.clear()
-        self.socket.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.socket, selectors.EVENT_READ)
-        self._next_sweep = 0.0
+        self._selector, self._next_sweep = selectors.DefaultSelector(), 0.0
         try:
+            self.socket.setblocking(False)
+            self._selector.register(self.socket, selectors.EVENT_READ)
             while not self.stopping:
                 self._turn(poll_interval)
             self._wind_up()
@@ -617,13 +618,10 @@ class RedirectServer(_HTTPServer):
 
     def _wind_up(self) -> None:
         """Accept who has come so far, then no more, and let requests that are under way end."""
-        for _ in range(self.request_queue_size // self.at_once):
-            more = self._accept()
-            self._go_on()
-            if not more:
-                break
+        all(self._accept() for _ in range(self.request_queue_size // self.at_once))
         self._selector.unregister(self.socket)
         self.socket.close()
+        self._go_on()
         for handler in self._connections:
             handler.last = True
         start = now = time.monotonic()
@@ -649,7 +647,7 @@ class RedirectServer(_HTTPServer):
             overdue = list(islice((handler for handler in self._connections if handler.deadline < now), 64))
             self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
             for handler in overdue:
-                if handler.buffer:
+                if handler.buffer.strip() and handler.waits_for == selectors.EVENT_READ:
                     handler.log_error("refused: no whole request head in %g seconds", handler.head_seconds)
                 self._drop(handler)
 
@@ -676,11 +674,14 @@ class RedirectServer(_HTTPServer):
             except OSError as error:
                 if error.errno not in OUT_OF_RESOURCES:
                     continue                # that client is gone already
-                if self._connections:
+                if self._ready:
+                    self._go_on()
+                elif self._connections:
                     self._drop(next(iter(self._connections)))
                 else:
                     time.sleep(0.1)         # nobody else waits, and a turn without rest would spin
-                return False
+                    return False
+                return True
             try:
                 if self.verify_request(request, client_address):
                     self.process_request(request, client_address)
@@ -708,11 +709,14 @@ class RedirectServer(_HTTPServer):
                 self._selector.modify(handler.request, handler.waits_for, handler)
             else:
                 if len(self._connections) >= self.max_connections:
-                    self._drop(next(iter(self._connections)))
+                    idle = next((other for other in self._connections if other.waits_for != GO_ON), handler)
+                    self._drop(idle)
+                    if idle is handler:
+                        return
                 self._selector.register(handler.request, handler.waits_for, handler)
-                self._connections[handler] = None
             handler.events = handler.waits_for
-        if handler.idle:
+        if self._connections.get(handler) != handler.deadline:
+            self._connections[handler] = handler.deadline
             self._connections.move_to_end(handler)
 
     def _drop(self, handler: RedirectHandler) -> None:
@@ -729,8 +733,9 @@ class RedirectServer(_HTTPServer):
         import traceback
         _, error, trace = sys.exc_info()
         line = traceback.extract_tb(trace)[-1][1]
-        (sys.stderr if self.error_log is None else self.error_log).write(
-            _error_line(client_address[0], "error in line %d: %s" % (line, _log_escape(repr(error)))))
+        with contextlib.suppress(Exception):        # a log that cannot be written does not end the server
+            (sys.stderr if self.error_log is None else self.error_log).write(
+                _error_line(client_address[0], "error in line %d: %s" % (line, _log_escape(repr(error)))))
 
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
@@ -1710,7 +1715,9 @@ class _SiteCheck:
 
     def _judge_missing(self, url: Url, response: Response) -> None:
         iis = "IIS" in (response.field("server") or "")
-        if response.status == 403 and (iis or re.search("403[.;]4|secured? (with|channel)", response.body)):
+        substatus = re.findall("403[.;]([0-9]+)", response.body) or ["4"] * bool(
+            iis or re.search("secured? (with|channel)", response.body))
+        if response.status == 403 and "4" in substatus:
             self.found("iis-403.4", url)        # from IIS 7 on, its number is shown on the server alone
         elif response.status == 200 and not response.body and iis:
             self.found("iis-asp-port-test", url)
@@ -1755,11 +1762,10 @@ class _SiteCheck:
                 self.found("address-unreachable", address=self.address[0], error=_reason(error))
                 return
             secure = self.site._replace(scheme="https", port=self.rule.https_port)
-            if self._context(secure):
-                self._ask(secure)
-                self.found("redirection-not-needed-no-http", origin=self.site.origin)
-            else:
+            if not self._context(secure):
                 self.found("http-no-answer", self.site, error=_reason(error))
+            elif self._ask(secure):
+                self.found("redirection-not-needed-no-http", origin=self.site.origin)
             return
         for target in ("/", self.rule.path, self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb"):
             self._follow(self.site._replace(target=target))
@@ -1770,9 +1776,9 @@ class _SiteCheck:
 def _site(target: str) -> Url:
     """A host name, host:port or http URL, as the URL of its root."""
     url = parse_url(target if "://" in target else "http://" + target)
-    if url.scheme != "http":
-        raise ValueError("%a is not plain HTTP: ask for the http URL" % target[:300])
-    return url._replace(target="/")
+    if url.scheme != "http" or url.target != "/":
+        raise ValueError("%a is not the root of plain HTTP: give the host, or http://HOST/" % target[:300])
+    return url
 
 
 def check(target: str, expected: Optional[Fields] = None, connect: str = "", family: int = 0,
@@ -2056,7 +2062,7 @@ class _LastRedirect:
     rule, origin, target = RedirectRule(), "", "/"
 
     def write(self, line: str) -> None:
-        self.target = line.split(" ")[6]
+        self.target = "".join(re.findall('"[A-Z]+ ([^ ]+) [^"]*" 30', line)) or self.target
 
     def story(self) -> Story:
         return [("You typed an address without https.", self.origin + self.target),
@@ -2172,8 +2178,9 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             import difflib
             word, options = wrong.group(1), re.findall("--[a-z0-9-]+", RULE_OPTIONS + str(USAGE))
-            near = difflib.get_close_matches(word, options if word[0] == "-" else list(USAGE) + list(RECIPES), 1)
-            message = message.partition(" (choose")[0] + (": did you mean %s?" % near[0] if near else "")
+            near = difflib.get_close_matches(word.lower(), options if word[0] == "-" else list(USAGE) + list(RECIPES), 1)
+            if near:
+                message = message.partition(" (choose")[0] + ": did you mean %s?" % near[0]
             if near == [word]:
                 message = "%s does not belong there" % word
         raise RuleError(message + " (--help lists what there is)")
@@ -2239,17 +2246,17 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
     return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
 
 
-def _connection_cap() -> int:
-    """As many connections as the file descriptors allow, and no more than fit into some 50 MB while they wait."""
+def _connection_cap(wanted: int) -> int:
+    """As many connections as wanted, else what fits into some 50 MB while they wait; and what file descriptors allow."""
     try:
         import resource
     except ImportError:
-        return 500                      # select() on Windows takes 512 sockets
+        return wanted or 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return max(8, min(16384, soft - 32 if soft > 0 else 16384))
+    return min(wanted or 16384, max(8, soft - 64) if soft > 0 else 10 ** 6)     # 32 are accepted at once beyond the cap
 
 
 def _drop_to(user: str) -> None:
@@ -2266,15 +2273,21 @@ def _drop_to(user: str) -> None:
         raise OSError("cannot become user %a: %s" % (user, error.strerror)) from None
 
 
+LOOP_TO_ITSELF = "is the port of plain HTTP: a loop"
+
+
 def _on_signal(stop: Callable[[], Any]) -> None:
+    def handle(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)       # a second one would kill the interpreter on its way out
+        stop()
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):      # the last one is Windows' Ctrl-Break
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: stop())
+            signal.signal(getattr(signal, name), handle)
 
 
-def _warnings(rule: RedirectRule, host: str, user: str) -> Iterator[str]:
+def _warnings(rule: RedirectRule, host: str) -> Iterator[str]:
     """What will hurt later, said once at the start."""
-    if not user and hasattr(os, "geteuid") and os.geteuid() == 0:
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "runs as root: --user NAME gives that up once the port is bound"
     if rule.status in (301, 308) and (host == "::1" or host.startswith("127.")):
         yield "browsers keep a %d for good, for localhost too: 302 or 307 can be taken back" % rule.status
@@ -2286,13 +2299,12 @@ def command_serve(args: argparse.Namespace) -> int:
     rule = RedirectRule(**_rule_fields(args))
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
         raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
-    if rule.https_port == args.port:
-        raise RuleError("--https-port %d is the port of plain HTTP: a loop" % rule.https_port)
+    _refuse("--https-port %d" % rule.https_port, (rule.https_port == args.port, LOOP_TO_ITSELF))
     while os.open(os.devnull, os.O_RDWR) < 2:       # a standard file's number must not become a socket's, and get the log
         pass
     try:
         server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
-                                max_connections=args.max_connections or _connection_cap())
+                                max_connections=_connection_cap(args.max_connections))
     except OSError as error:
         raise OSError(_bind_trouble(error, args.bind, args.port)) from None
     with server:
@@ -2309,7 +2321,7 @@ def command_serve(args: argparse.Namespace) -> int:
         say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
             "[%s]" % host if ":" in host else host, port, rule.authority("HOST"),
             "/, path kept" if rule.keep_path else rule.path, rule.status))
-        for warning in _warnings(rule, host, args.user):
+        for warning in _warnings(rule, host):
             say("warning: " + warning)
         log = Log(1, tell=say)
         server.access_log = None if args.quiet else log
@@ -2320,21 +2332,23 @@ def command_serve(args: argparse.Namespace) -> int:
 
 
 def _write_files(folder: str, parts: List[Part]) -> None:
-    """Write the parts that are files, but never over a file that says something else."""
+    """Write the parts that are files; nothing if one of them would take the place of a file that says something else."""
     if not os.path.isdir(folder):
         raise OSError("--write %a is not a folder" % folder)
+    files = {}
     for part in parts:
         if part.file:
-            newline = "\n" if part.name == "file" else "\r\n"        # Windows' own
-            path, data = os.path.join(folder, part.file), part.text.replace("\n", newline).encode("ascii")
-            try:
-                with open(path, "xb") as file:
-                    file.write(data)
-            except FileExistsError:
-                with open(path, "rb") as file:
-                    if file.read() != data:
-                        raise OSError("%s says something else: move it, or write elsewhere" % path) from None
-            print(part.file)        # the folder's name may be beyond a code page
+            path, newline = os.path.join(folder, part.file), "\n" if part.name == "file" else "\r\n"     # Windows' own
+            files[path] = part.text.replace("\n", newline).encode("ascii")
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                if file.read() != files[path]:
+                    raise OSError("%s says something else: move it, or write elsewhere" % path)
+    if not files:
+        raise RuleError("--write: none of these parts is a file")
+    for path, data in files.items():
+        with open(path, "wb") as file:
+            file.write(data)
+        print(os.path.basename(path))       # the folder's name may be beyond a code page
 
 
 def command_generate(args: argparse.Namespace) -> int:
@@ -2346,6 +2360,7 @@ def command_generate(args: argparse.Namespace) -> int:
     if args.recipe in EXCHANGE and "article" not in EXCHANGE[args.recipe][1]:
         fields.setdefault("path", "/owa")       # since Exchange 2007
     rule = RedirectRule(**fields)
+    _refuse("--https-port %d" % rule.https_port, (rule.https_port == args.http_port, LOOP_TO_ITSELF))
     if args.recipe in EXCHANGE:
         parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
     else:
@@ -2476,13 +2491,16 @@ READER_GONE = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if not sys.stdout:          # Python's None for one that was closed
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
-        _say("standard output is closed: nobody will see what goes there")
+    for name in ("stderr", "stdout"):
+        if not getattr(sys, name):      # Python's None for one that was closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))
+            _say("standard output is closed: nobody will see what goes there")
     wrong_usage, failed = (3, 3) if argv[0] == "check" else (2, 1)
     run = {"serve": command_serve, "generate": command_generate, "selftest": command_selftest, "check": command_check,
            "demo": command_demo}
     try:
+        if any(re.fullmatch("(--[a-z-]+=)?", word) for word in argv):
+            raise RuleError("an argument is empty: a variable that is not set?")
         args = build_parser(argv).parse_args(argv)
         code = run[args.command](args)
         sys.stdout.flush()

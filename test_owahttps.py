@@ -143,6 +143,11 @@ def test_location(fields, name, target, location):
     assert RedirectRule(**fields).location(name, target) == location
 
 
+def test_a_rule_made_again_is_the_same():
+    rule = RedirectRule(host="A.example", allow_hosts=("b.example", "b.example."), status=301)
+    assert rule.allow_hosts == ("a.example", "b.example") and RedirectRule(*rule) == rule._replace(status=301) == rule
+
+
 def test_doctests():
     import doctest
     assert doctest.testmod(owahttps).attempted >= 2 and doctest.testmod(owahttps).failed == 0
@@ -352,6 +357,9 @@ def test_serve_tells_where_and_logs_in_combined_format():
     (["selftest", "--against", "non sense"], 2, "non sense"), (["selftest", "--against", "http://127.0.0.1:1"], 1, "gives no answer"),
     (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--max-connections", "-1"], 2, "-1"), (["generate", "--site", "0"], 2, "'0'"),
     (["generate", "--http-port", "0"], 2, "'0'"), (["serve", "--health", "/exchange"], 2, "health"),
+    (["serve", "--health", "/"], 2, "health"), (["serve", "--host", ""], 2, "empty"), (["serve", "--user="], 2, "empty"),
+    (["generate", "systemd", "--http-port", "443"], 2, "a loop"), (["generate", "--steps", "--write", "."], 2, "none of these"),
+    (["check", "a/b"], 3, "'a/b'"), (["generate", "NGINZ"], 2, "nginx"),
     (["serve", "--user", "no-such-user", "--bind", "127.0.0.1", "--port", "0"], 1, "no-such-user"), (["--quiet", "serve"], 2, "does not belong"),
     (["demo", "--host", "a"], 2, "--host"), (["check", "--health", "/x", "a"], 3, "--health"), (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
     (["check", "a", "--ca-file", "/no/such"], 3, "/no/such"), (["check", "--tmieout", "3", "a"], 3, "--timeout"), (["demo", "--cert", "/no/such"], 2, "/no/such")])
@@ -376,11 +384,10 @@ def test_cannot_bind():
     (dict(https_port=8443), "127.0.0.1", ["Let's Encrypt"]), (dict(https_port=8443, acme_dir="/x"), "127.0.0.1", [])])
 def test_warnings(monkeypatch, fields, host, says):
     monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
-    warnings = list(owahttps._warnings(RedirectRule(**fields), host, user=""))
+    warnings = list(owahttps._warnings(RedirectRule(**fields), host))
     assert len(warnings) == len(says) and all(word in line for word, line in zip(says, warnings))
     monkeypatch.setattr(os, "geteuid", lambda: 0, raising=False)
-    assert any("root" in line for line in owahttps._warnings(RedirectRule(), "::", user=""))
-    assert not any("root" in line for line in owahttps._warnings(RedirectRule(), "::", user="nobody"))
+    assert any("root" in line for line in owahttps._warnings(RedirectRule(), "::"))
 
 
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0 or not os.path.exists("/proc/self/status"), reason="needs root and /proc")
@@ -556,6 +563,66 @@ def test_oldest_idle_connection_makes_room():
             assert is_whole(fetch_all(server)) and len(server._connections) <= 20
         for sock in idle:
             sock.close()
+
+
+def test_a_request_under_way_makes_no_room():
+    """At the cap, who is being answered must never pay for one who is silent, nor lose its place for having begun early."""
+    with listening(max_connections=2) as server:
+        busy, idle = connect(server, KEEP % 1), connect(server, KEEP % 2)
+        assert busy.recv(9999) and idle.recv(9999)
+        busy.sendall(KEEP % 3 + b"GET")
+        assert busy.recv(9999).startswith(b"HTTP/1.1 302")
+        with contextlib.closing(connect(server)):
+            assert read_all(idle) == b""
+            busy.sendall((KEEP % 4)[3:])
+            assert busy.recv(9999).startswith(b"HTTP/1.1 302")
+        ready, turn = [], server._accept
+
+        def together():
+            ready[:] = server._ready            # a request and a newcomer in one turn
+            if ready:
+                busy_again = connect(server)
+                ready.append(busy_again)
+            return turn()
+        server._accept = together
+        busy.sendall(KEEP % 5)
+        assert busy.recv(9999).startswith(b"HTTP/1.1 302")
+        for sock in (busy, idle) + tuple(ready[1:]):
+            sock.close()
+
+
+@pytest.mark.parametrize("count", (0, 1, 31, 32, 33, 64))
+def test_a_lone_lf_after_pipelined_requests(count):
+    """Whatever its place in the pipeline, a malformed head must never wait for its deadline."""
+    with listening() as server, contextlib.closing(connect(server, KEEP % 1 * count + b"GET / HTTP/1.1\r\nHost: x\n\n")) as sock:
+        start = time.monotonic()
+        assert statuses(read_all(sock)) == [b"302"] * count + [b"400"] and time.monotonic() - start < 3
+
+
+def test_a_log_that_raises_is_told():
+    """An access log of the caller's own that fails must cost that connection and one line, never the server."""
+    class Failing:
+        def write(self, line):
+            raise OSError(28, "No space left on device")
+    with listening() as server:
+        server.access_log, kept = Failing(), server.access_log
+        assert fetch_all(server) == b""
+        server.access_log = kept
+        assert is_whole(fetch_all(server)) and len(server.error_log) == 1 and "No space left" in server.error_log[0]
+        server.error_log = Failing()
+        assert fetch_all(server, b"BAD\r\n\r\n") == b""
+        server.error_log = None
+        assert is_whole(fetch_all(server))
+
+
+@pytest.mark.parametrize("wanted, soft, hard, cap", [
+    (0, 1024, 20000, 16384), (2000, 100, 20000, 2000), (2000, 100, 1024, 960), (0, 64, 64, 8), (5, 1024, 1024, 5), (0, -1, -1, 16384)])
+def test_connection_cap(wanted, soft, hard, cap, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    assert owahttps._connection_cap(wanted) == cap and limits[-1][0] == hard
 
 
 @pytest.mark.parametrize("idle", (0, 3))
@@ -1204,6 +1271,7 @@ def test_write_never_overwrites(tmp_path):
     page.write_bytes(b"mine")
     code, _, err = run("generate", "--write", str(tmp_path))
     assert code == 1 and err.count("\n") == 1 and str(page) in err and page.read_bytes() == b"mine"
+    assert os.listdir(str(tmp_path)) == [page.name]     # all or nothing
 
 
 EXCHANGES = [(name, method) for name, (_, marks) in owahttps.EXCHANGE.items() for method in (("",) if "article" in marks else ("redirect", "403.4"))]
@@ -1451,6 +1519,7 @@ SITE_CASES = [
 
     Case("IIS 5 answers 403.4", "iis-403.4", 2, IIS5),
     Case("IIS 7 answers 403.4", "iis-403.4", 2, IIS7),
+    Case("IIS answers 403.6", "redirection-missing", 2, says("403 Forbidden", "Server: Microsoft-IIS/10.0", body="HTTP Error 403.6 - Forbidden")),
     Case("any 403", "redirection-missing", 2, says("403 Forbidden", body="<h1>Forbidden</h1>")),
     Case("Owahttps.asp on another port", "iis-asp-port-test", 2, says("200 OK", "Server: Microsoft-IIS/5.0")),
     Case("200 in clear", "redirection-missing", 2, HOME.replace(b"Strict", b"No")),
@@ -1493,6 +1562,7 @@ SITE_CASES = [
     Case("no answer over https", "domain.tls.cannot_connect redirection-to-https", 2, secure=None),
     Case("plain HTTP over https", "domain.tls.cannot_connect redirection-to-https", 2, certificate=""),
     Case("only https", "redirection-not-needed-no-http", 0, None, options="--https-port SECURE"),
+    Case("only https, which hangs up", "http-no-answer", 2, None, b"", options="--https-port SECURE"),
     Case("nothing at all", "domain.tls.cannot_connect http-no-answer", 2, None, None, options="--https-port SECURE"),
     Case("a redirect to nowhere", "domain.tls.cannot_connect redirection-off-host-from-http", 2,
          to("https://nowhere.invalid/")),
@@ -2109,14 +2179,14 @@ def test_what_differs_on_windows(monkeypatch):
     """Each difference, simulated: select()'s 512 sockets, an exclusive port, http.sys; no server here is one on Windows."""
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert owahttps._connection_cap() == 500
+    assert owahttps._connection_cap(0) == 500
     for number in (errno.EADDRINUSE, errno.EACCES):
         assert "PID 4 is http.sys" in owahttps._bind_trouble(OSError(number, "in use"), "", 80)
     monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
     with RedirectServer(("127.0.0.1", 0)) as server:
         assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     monkeypatch.delattr(os, "geteuid", raising=False)
-    assert list(owahttps._warnings(RedirectRule(), "::", user="")) == []
+    assert list(owahttps._warnings(RedirectRule(), "::")) == []
 
 
 def test_output_that_cannot_be_written():
