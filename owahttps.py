@@ -46,7 +46,7 @@ __version__ = "1.0"
 
 Address = Tuple[str, int]       # host and port, as sockets have it
 Fields = Dict[str, Any]         # those of a rule or of a message, by name
-Story = List[Tuple[str, str]]   # what happened: a sentence and its detail each
+Pairs = List[Tuple[str, str]]   # a field's name and its value each, or a sentence and its detail
 
 
 # ---- The rule --------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def server_name(authority: str) -> str:
     """
     match = _AUTHORITY.fullmatch(authority)
     if not match or not 1 <= int((match.group("port") or ":80")[1:]) <= 65535:
-        raise HostError("%a is not a server name (letters, digits, '-', '_' and '.', or [IPv6]; port 1-65535)" % authority[:300])
+        raise HostError("%a is not a server name (letters, digits, - _ . or [IPv6]; port 1-65535)" % authority[:300])
     name = (match.group("name") or match.group("ipv6")).lower()
     try:
         if match.group("ipv6"):
@@ -139,8 +139,8 @@ class RedirectRule(_RuleFields):
             raise RuleError("https port %d is not in 1-65535" % rule.https_port)
         if rule.status not in (301, 302, 307, 308):
             raise RuleError("status %d is not one of 301, 302, 307, 308" % rule.status)
-        strict = {"host": names[0] if rule.host else "", "allow_hosts": tuple(dict.fromkeys(names)) * bool(rule.allow_hosts)}
-        return super().__new__(cls, **dict(rule._asdict(), **strict))
+        return super().__new__(cls, **dict(rule._asdict(), host=names[0] if rule.host else "",
+                                           allow_hosts=tuple(dict.fromkeys(names)) * bool(rule.allow_hosts)))
 
     @classmethod
     def _make(cls, fields: Iterable[Any]) -> "RedirectRule":    # type: ignore  # _replace() goes through it
@@ -209,8 +209,8 @@ class Answer(NamedTuple):
     """The response to one request head: `start`, the Date, then `rest`."""
     start: bytes        # empty: close without a word
     rest: bytes
-    close: bool         # the connection ends after it,
-    unread: bool        # once what the client still sends has been read and dropped
+    close: bool         # whether the connection ends after it
+    unread: bool        # whether the client may still send what has to be read and dropped first
     log: str            # its line in the access log, from the request line on
     refusal: str        # why the request was refused, or ""
     token: str          # the ACME token whose file is wanted, if there is such a file
@@ -334,8 +334,8 @@ class Log:
     write(line) takes a str that ends in a newline; tell(text) hears of faults.
     """
     WAITING = 5000      # lines, of some 3 KB at the most
-    AT_ONCE = 32        # lines that are written in one go,
-    SECONDS = 0.002     # or as many as gather in this time
+    AT_ONCE = 16        # lines that are written in one go,
+    SECONDS = 0.001     # or as many as gather in this time
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
@@ -412,7 +412,7 @@ def _error_line(client: str, text: str) -> str:
     return "[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], client, text)
 
 
-# What a handler waits for beside selectors.EVENT_READ and EVENT_WRITE: that the others of this turn have come as far.
+# What a handler waits for beside selectors.EVENT_READ and EVENT_WRITE: to be resumed after the others of its batch.
 # First all receive, then all answer, then all send: alternating with system calls, Python would run half as fast.
 GO_ON = 4
 
@@ -425,10 +425,9 @@ class RedirectHandler(BaseHTTPRequestHandler):
     The server's `access_log` and `error_log`, where it has them, get lines by write(str).
     """
     rule = RedirectRule()       # for a server that has none
-    head_seconds = 10.0         # for a whole request head; also for a client to take its answers
-    idle_seconds = 15.0         # from an answer to the next request
-    drain_seconds = 5.0         # for what the client still sends after its last answer,
-    drain_bytes = 8 << 20       # and how much of that is read
+    head_seconds = 10.0         # for a whole request head
+    idle_seconds = 15.0         # from an answer to the next request; also for a client to take its answers
+    drain_seconds = 5.0         # for what the client still sends after its last answer
     answers_at_once = 32        # to pipelined requests, before it is another client's turn
 
     def setup(self) -> None:
@@ -455,6 +454,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.waits_for = next(self._steps, 0)
 
     def _serve(self) -> Iterator[int]:
+        """The connection from its first byte to its last, in steps; yields what it waits for before the next."""
         while not self.close_connection:
             try:
                 data = self.request.recv(8192)
@@ -486,11 +486,11 @@ class RedirectHandler(BaseHTTPRequestHandler):
             self.buffer, self.deadline = b"", time.monotonic() + self.drain_seconds
             with contextlib.suppress(OSError):
                 self.request.shutdown(socket.SHUT_WR)
-                while self.drain_bytes > 0:
+                data = b"more"
+                while data:
                     yield selectors.EVENT_READ
                     with contextlib.suppress(BlockingIOError):
                         data = self.request.recv(8192)
-                        self.drain_bytes -= len(data) or self.drain_bytes
 
     def _answer(self, data: bytes) -> bool:
         """Answer what is whole with this data, into `outgoing`; whether there may be more of it."""
@@ -578,14 +578,13 @@ class RedirectServer(_HTTPServer):
     """
     request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
     grace_seconds = 2.0         # after a stop, for requests that are under way
-    at_once = 32                # connections that take their steps together
+    at_once = 24                # connections that take their steps together
     rule = RedirectRule()
 
     def __init__(self, server_address: Address, RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
                  bind_and_activate: bool = True, *, rule: RedirectRule = rule, max_connections: int = 450,
                  access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
-        self.rule, self.access_log, self.error_log = rule, access_log, error_log
-        self.max_connections = min(max_connections, 500) if sys.platform == "win32" else max_connections    # for select()
+        self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
         # Who waits longest comes first; with the deadline that was set when the wait began.
         self._connections: OrderedDict[RedirectHandler, float] = OrderedDict()
         self._ready: List[RedirectHandler] = []     # who goes on in this turn
@@ -730,12 +729,9 @@ class RedirectServer(_HTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
         """One line about the exception under way; it costs that connection and nothing else."""
-        import traceback
-        _, error, trace = sys.exc_info()
-        line = traceback.extract_tb(trace)[-1][1]
         with contextlib.suppress(Exception):        # a log that cannot be written does not end the server
             (sys.stderr if self.error_log is None else self.error_log).write(
-                _error_line(client_address[0], "error in line %d: %s" % (line, _log_escape(repr(error)))))
+                _error_line(client_address[0], "error: " + _log_escape(repr(sys.exc_info()[1]))))
 
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
@@ -1307,9 +1303,9 @@ class StubHandler(BaseHTTPRequestHandler):
     server_version, sys_version = "owahttps-stub", ""
     timeout = 10
 
-    def page(self) -> Tuple[int, str, Story]:
+    def page(self) -> Tuple[int, str, Pairs]:
         """Status, title, and what happened: a sentence and its detail each."""
-        story: Story = self.server.story()      # type: ignore
+        story: Pairs = self.server.story()      # type: ignore
         secure = "%s, %s" % (self.connection.version(), self.connection.cipher()[0])
         return 200, "You are on HTTPS", story + [("This page came over a secure channel.", secure)]
 
@@ -1346,11 +1342,11 @@ class StubServer(_ThreadingServer):
     """
 
     def __init__(self, server_address: Address, certificate: str = "", key: str = "",
-                 story: Callable[[], Story] = list) -> None:
+                 story: Callable[[], Pairs] = list) -> None:
         self.story = story
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
-            self.fields: Story = []
+            self.fields: Pairs = []
             try:
                 self.context.load_cert_chain(certificate, key or None)
             except OSError as error:
@@ -1459,7 +1455,7 @@ class Url(NamedTuple):
 
 class Response(NamedTuple):
     status: int
-    fields: List[Tuple[str, str]]       # names in lower case
+    fields: Pairs       # names in lower case
     body: str
 
     def field(self, name: str) -> Optional[str]:
@@ -1478,7 +1474,7 @@ class Hop(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What check() found: a severity, the worst one of its findings; every request that was answered; the findings."""
+    """What check() found: a severity, the worst one of its findings; every request but the forged one; the findings."""
     target: str
     severity: str
     hops: List[Hop]
@@ -1714,10 +1710,9 @@ class _SiteCheck:
             self._judge_missing(url, response)
 
     def _judge_missing(self, url: Url, response: Response) -> None:
-        iis = "IIS" in (response.field("server") or "")
-        substatus = re.findall("403[.;]([0-9]+)", response.body) or ["4"] * bool(
-            iis or re.search("secured? (with|channel)", response.body))
-        if response.status == 403 and "4" in substatus:
+        iis, about_ssl = "IIS" in (response.field("server") or ""), "403[.;]4|secured? (with|channel)"
+        if response.status == 403 and (re.search(about_ssl, response.body) or (
+                iis and not re.search("403[.;][0-9]", response.body))):
             self.found("iis-403.4", url)        # from IIS 7 on, its number is shown on the server alone
         elif response.status == 200 and not response.body and iis:
             self.found("iis-asp-port-test", url)
@@ -2025,10 +2020,9 @@ def try_end_to_end() -> Iterator[Result]:
             except (OSError, ValueError) as error:
                 got = str(error)
             yield "the stub's page comes over verified TLS", "200 You are on HTTPS", got
-            report = check("localhost:%d" % address[1], {"path": "/exchange", "https_port": stub[1], "status": 302},
-                           connect="127.0.0.1:%d" % address[1], trust={"cadata": STUB_CERTIFICATE}, seconds=5)
-            yield "check finds nothing wrong", "ok", "; ".join(
-                finding.text for finding in report.findings if finding.severity != "ok") or report.severity
+            yield "check finds nothing wrong", "ok", check(
+                "localhost:%d" % address[1], {"path": "/exchange", "https_port": stub[1], "status": 302},
+                "127.0.0.1:%d" % address[1], trust={"cadata": STUB_CERTIFICATE}, seconds=5).severity
 
 
 def try_ourselves() -> Iterator[Result]:
@@ -2051,7 +2045,7 @@ def try_ourselves() -> Iterator[Result]:
 class BeforeHandler(StubHandler):
     """Plain HTTP as IIS answers it before the cure."""
 
-    def page(self) -> Tuple[int, str, Story]:
+    def page(self) -> Tuple[int, str, Pairs]:
         return 403, "The page must be viewed over a secure channel", [
             ("You asked for it over plain HTTP. Type https:// at the beginning of the address, and try again.",
              "HTTP 403.4 - Forbidden: SSL required\nInternet Information Services")]
@@ -2064,7 +2058,7 @@ class _LastRedirect:
     def write(self, line: str) -> None:
         self.target = "".join(re.findall('"[A-Z]+ ([^ ]+) [^"]*" 30', line)) or self.target
 
-    def story(self) -> Story:
+    def story(self) -> Pairs:
         return [("You typed an address without https.", self.origin + self.target),
                 ("owahttps answered with a redirect.", "HTTP/1.1 %d %s\nLocation: %s" % (
                     self.rule.status, PHRASES[self.rule.status], self.rule.location("localhost", self.target)))]
@@ -2177,8 +2171,9 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search("(?:invalid choice: '|unrecognized arguments: )([^ =']+)", message)
         if wrong:
             import difflib
-            word, options = wrong.group(1), re.findall("--[a-z0-9-]+", RULE_OPTIONS + str(USAGE))
-            near = difflib.get_close_matches(word.lower(), options if word[0] == "-" else list(USAGE) + list(RECIPES), 1)
+            word, names = wrong.group(1), list(USAGE) + list(RECIPES)
+            options = re.findall("--[a-z0-9-]+", RULE_OPTIONS + str(USAGE))
+            near = difflib.get_close_matches(word.lower(), options if word[0] == "-" else names, 1)
             if near:
                 message = message.partition(" (choose")[0] + ": did you mean %s?" % near[0]
             if near == [word]:
@@ -2219,6 +2214,14 @@ def _rule_fields(args: argparse.Namespace) -> Fields:
     return {name: value for name, value in vars(args).items() if name in RedirectRule._fields}
 
 
+def _rule(fields: Fields, port: int) -> RedirectRule:
+    """The rule with these fields, for plain HTTP at this port."""
+    rule = RedirectRule(**fields)
+    if rule.https_port == port:
+        raise RuleError("--https-port %d is the port of plain HTTP: a loop" % port)
+    return rule
+
+
 def _say(text: str) -> None:
     print("owahttps: " + text, file=sys.stderr, flush=True)
 
@@ -2247,16 +2250,16 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
 
 
 def _connection_cap(wanted: int) -> int:
-    """As many connections as wanted, else what fits into some 50 MB while they wait; and what file descriptors allow."""
+    """As many connections as wanted, else what some 50 MB hold while they wait; no more than file descriptors allow."""
     try:
         import resource
     except ImportError:
-        return wanted or 500
+        return min(wanted or 500, 500)      # select() on Windows takes 512 sockets
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return min(wanted or 16384, max(8, soft - 64) if soft > 0 else 10 ** 6)     # 32 are accepted at once beyond the cap
+    return min(wanted or 16384, max(8, soft - 64) if soft > 0 else 10 ** 6)     # for those just accepted
 
 
 def _drop_to(user: str) -> None:
@@ -2271,9 +2274,6 @@ def _drop_to(user: str) -> None:
         raise OSError("there is no user %a here" % user) from None
     except OSError as error:
         raise OSError("cannot become user %a: %s" % (user, error.strerror)) from None
-
-
-LOOP_TO_ITSELF = "is the port of plain HTTP: a loop"
 
 
 def _on_signal(stop: Callable[[], Any]) -> None:
@@ -2296,11 +2296,10 @@ def _warnings(rule: RedirectRule, host: str) -> Iterator[str]:
 
 
 def command_serve(args: argparse.Namespace) -> int:
-    rule = RedirectRule(**_rule_fields(args))
+    rule = _rule(_rule_fields(args), args.port)
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
         raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
-    _refuse("--https-port %d" % rule.https_port, (rule.https_port == args.port, LOOP_TO_ITSELF))
-    while os.open(os.devnull, os.O_RDWR) < 2:       # a standard file's number must not become a socket's, and get the log
+    while os.open(os.devnull, os.O_RDWR) < 2:       # else a closed one's number goes to a socket, and the log there
         pass
     try:
         server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
@@ -2332,7 +2331,7 @@ def command_serve(args: argparse.Namespace) -> int:
 
 
 def _write_files(folder: str, parts: List[Part]) -> None:
-    """Write the parts that are files; nothing if one of them would take the place of a file that says something else."""
+    """Write the parts that are files; nothing at all if one would take the place of a file that says something else."""
     if not os.path.isdir(folder):
         raise OSError("--write %a is not a folder" % folder)
     files = {}
@@ -2359,8 +2358,7 @@ def command_generate(args: argparse.Namespace) -> int:
     fields = _rule_fields(args)
     if args.recipe in EXCHANGE and "article" not in EXCHANGE[args.recipe][1]:
         fields.setdefault("path", "/owa")       # since Exchange 2007
-    rule = RedirectRule(**fields)
-    _refuse("--https-port %d" % rule.https_port, (rule.https_port == args.http_port, LOOP_TO_ITSELF))
+    rule = _rule(fields, args.http_port)
     if args.recipe in EXCHANGE:
         parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
     else:
@@ -2470,19 +2468,18 @@ def command_demo(args: argparse.Namespace) -> int:
 
 
 def build_parser(argv: List[str]) -> _Parser:
-    """The parser for this command line: of the commands that it does not name, the names alone."""
+    """The parser for this command line: of the command it begins with, else of all."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="owahttps.py", description=__doc__, formatter_class=layout)
     parser.add_argument("--version", action="version", version="owahttps " + __version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     commands.required = True
-    for name, text in USAGE.items():
-        what, rows, rest = text.split("\n\n", 2)
+    for name in argv[:1] if argv[0] in USAGE else USAGE:
+        what, rows, rest = USAGE[name].split("\n\n", 2)
         command = commands.add_parser(name, help=what, description=what, epilog=rest, formatter_class=layout)
-        if name in argv:
-            _add_options(command, rows)
-            kept = [row for row in RULE_OPTIONS.splitlines(True) if row.split()[0] not in LEFT_OUT.get(name, ())]
-            _add_options(command.add_argument_group("the rule"), "".join(kept), argparse.SUPPRESS)
+        _add_options(command, rows)
+        rule = [row for row in RULE_OPTIONS.splitlines(True) if row.split()[0] not in LEFT_OUT.get(name, ())]
+        _add_options(command.add_argument_group("the rule"), "".join(rule), argparse.SUPPRESS)
     return parser
 
 
