@@ -62,8 +62,9 @@ class HostError(RuleError):
 # RFC 9110 §7.2: Host = uri-host [ ":" port ].  Of RFC 3986's hosts only those that a certificate can name: labels of
 # letters, digits and inner "-" and "_", or an IP address; no userinfo, no percent-encoding, no zone.
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
-_AUTHORITY = re.compile(r"(?:(?P<name>%s(?:\.%s)*)\.?|(?P<ipv6>\[[0-9A-Fa-f:.]+\]))(?P<port>:[0-9]{1,5})?"
-                        % (_LABEL, _LABEL))
+_OCTAL = r"(?!.*(?:[:.]0[0-9]+\.|\.0[0-9]+\]))"      # in an IPv4 address within [IPv6], Python refuses it from 3.9.5 on
+_AUTHORITY = re.compile(r"(?:(?P<name>%s(?:\.%s)*)\.?|(?P<ipv6>\[%s[0-9A-Fa-f:.]+\]))(?P<port>:[0-9]{1,5})?"
+                        % (_LABEL, _LABEL, _OCTAL))
 # WHATWG URL §3.5: a browser takes a host whose last label is a number for an IPv4 address, and refuses a wrong one.
 _ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 # RFC 3986 §2.3, unreserved characters: every server's configuration, cmd.exe and VBScript take them literally.
