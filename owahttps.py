@@ -1956,7 +1956,7 @@ def _answers(data: bytes, request: bytes) -> str:
 
 
 def _applies(needs: str, rule: RedirectRule) -> bool:
-    return not needs or bool(getattr(rule, needs.split()[-1])) != needs.startswith("no ")
+    return not needs or bool(getattr(rule, needs.rpartition(" ")[2])) != needs.startswith("no ")
 
 
 def _expected(expect: str, rule: RedirectRule) -> str:
