@@ -414,7 +414,7 @@ def _error_line(client: str, text: str) -> str:
 
 
 # What a handler waits for beside selectors.EVENT_READ and EVENT_WRITE: to be resumed after the others of its batch.
-# First all receive, then all answer, then all send: alternating with system calls, Python would run half as fast.
+# First all receive, then all answer, then all send: in turns with system calls, answer() takes twice the time.
 GO_ON = 4
 
 
@@ -2078,8 +2078,8 @@ def _next_free(port: int, server: Callable[..., Any], *settings: Any, **fields: 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-# Each command: what it does; its options, a row each ("NAME..." is taken more than once, "=80" is a default); the rest
-# of its --help.  An option of the rule that is not given is not set: its default stands in RedirectRule alone.
+# Each command: what it does; its options, a row each (NAME is one of VALUES, "NAME..." is taken more than once, "=80"
+# is a default); the rest of its --help.  An option of the rule has its default in RedirectRule alone.
 RULE_OPTIONS = """\
 --path PATH             where everybody lands ({0.path})
 --keep-path             keep the path and query of the request instead
@@ -2260,7 +2260,7 @@ def _connection_cap(wanted: int) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return min(wanted or 16384, max(8, soft - 64) if soft > 0 else 10 ** 6)     # for those just accepted
+    return min(wanted or 16384, max(8, soft - 64) if soft > 0 else 10 ** 6)     # 64 for files, and who is new
 
 
 def _drop_to(user: str) -> None:
@@ -2346,7 +2346,7 @@ def _write_files(folder: str, parts: List[Part]) -> None:
     if not files:
         raise RuleError("--write: none of these parts is a file")
     for path, data in files.items():
-        with open(path, "wb") as file:
+        with contextlib.suppress(FileExistsError), open(path, "xb") as file:    # what is there says the same
             file.write(data)
         print(os.path.basename(path))       # the folder's name may be beyond a code page
 

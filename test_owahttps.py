@@ -2199,6 +2199,15 @@ def test_output_that_cannot_be_written():
     process.stderr.close()
 
 
+@linux
+@pytest.mark.parametrize("argv, code", [(["check", "nowhere.invalid"], 3), (["check", "a b"], 3), (["generate", "nope"], 2), (["generate", "--asp"], 0)])
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_exit_codes_with_closed_files(argv, code, closed):
+    """A monitor that closes standard error must never read a crash as a verdict."""
+    done = subprocess.run(["sh", "-c", "exec %s; exec \"$@\"" % closed, "sh", sys.executable, SCRIPT] + argv)
+    assert done.returncode == code
+
+
 def test_colour_is_for_terminals(monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert owahttps._paint("ok") == "ok"
