@@ -25,6 +25,7 @@ import selectors
 import signal
 import socket
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -63,7 +64,7 @@ class HostError(RuleError):
 # letters, digits and inner "-" and "_", or an IP address; no userinfo, no percent-encoding, no zone.
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _OCTAL = r"(?!.*(?:[:.]0[0-9]+\.|\.0[0-9]+\]))"      # in an IPv4 address within [IPv6], Python refuses it from 3.9.5 on
-_AUTHORITY = re.compile(r"(?:(?P<name>%s(?:\.%s)*)\.?|(?P<ipv6>\[%s[0-9A-Fa-f:.]+\]))(?P<port>:[0-9]{1,5})?"
+_AUTHORITY = re.compile(r"(?:(?P<name>%s(?:\.%s)*)\.?|(?P<ipv6>\[%s[0-9A-Fa-f:.]+\]))(?P<port>:[0-9]{0,5})?"
                         % (_LABEL, _LABEL, _OCTAL))
 # WHATWG URL §3.5: a browser takes a host whose last label is a number for an IPv4 address, and refuses a wrong one.
 _ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
@@ -84,7 +85,7 @@ def server_name(authority: str) -> str:
     Raises HostError for anything that is not strictly a name or an address, with an optional port 1-65535.
     """
     match = _AUTHORITY.fullmatch(authority)
-    if not match or not 1 <= int((match.group("port") or ":80")[1:]) <= 65535:
+    if not match or not 1 <= int((match.group("port") or "")[1:] or 80) <= 65535:
         raise HostError("%a is not a server name (letters, digits, - _ . or [IPv6]; port 1-65535)" % authority[:300])
     name = (match.group("name") or match.group("ipv6")).lower()
     try:
@@ -181,7 +182,7 @@ LOOP = ("redirect loop: X-Forwarded-Proto says that a proxy already speaks HTTPS
 
 # RFC 9112 §2.1, §3 and §5, RFC 9110 §5.1: one empty line is tolerated before the request line, and nothing else.
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = r"(?:\r\n)?(%s) ([!-~\x80-\xff]{1,%d}) HTTP/1\.([0-9])\r\n" % (_TOKEN, MAX_TARGET)
+_REQUEST_LINE = r"(?:\r\n)?(%s{1,50}) ([!-~\x80-\xff]{1,%d}) HTTP/1\.([0-9])\r\n" % (_TOKEN[:-1], MAX_TARGET)
 _HEAD = re.compile(_REQUEST_LINE + r"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % _TOKEN)
 _FIELD = re.compile(r"\n((?i:host|connection|content-length|transfer-encoding|x-forwarded-proto|referer|user-agent))"
                     r":[\t ]*([^\r]*)")
@@ -190,7 +191,8 @@ _OUTSIDE_LOG = re.compile(r'[^ !#-\[\]-~]')
 # What is wrong with a head that is not _HEAD: the first that fits.
 _FAULTS = [(re.compile(pattern, re.DOTALL), status, reason) for pattern, status, reason in (
     (r"\x16", 400, "TLS on the plain HTTP port"),
-    (r"[^\n]{%d}|(?:\r\n)?%s [^\n ]{%d}" % (MAX_TARGET + 64, _TOKEN, MAX_TARGET + 1), 414, "request target too long"),
+    (r"(?:\r\n)?(?:[^\n]{%d}|%s [^\n ]{%d})" % (MAX_TARGET + 64, _TOKEN, MAX_TARGET + 1), 414,
+     "request target too long"),
     (r".{%d}" % (MAX_HEAD + 1), 431, "request head too long"),
     (r"(?:\r\n)?%s [^\r\n ]+ HTTP/(?!1\.)[0-9]+\.[0-9]+\r\n" % _TOKEN, 505, "not HTTP/1"),
     (r".*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", 400, "control byte"),
@@ -219,13 +221,16 @@ class Answer(NamedTuple):
 
 def _has_body(fields: Fields) -> bool:
     """Whether a request's fields announce a body; raises Refusal where they contradict each other (RFC 9112 §6.3)."""
-    if "content-length" not in fields:
-        return "transfer-encoding" in fields
-    if not re.fullmatch("[0-9]+", fields["content-length"]):
-        raise Refusal(400, "Content-Length is not one number")
-    if "transfer-encoding" in fields:
+    if "transfer-encoding" not in fields:
+        length = fields.get("content-length", "0")
+        if not re.fullmatch("[0-9]+", length):
+            raise Refusal(400, "Content-Length is not one number")
+        return bool(length.strip("0"))
+    if "content-length" in fields:
         raise Refusal(400, "both Content-Length and Transfer-Encoding")
-    return bool(fields["content-length"].strip("0"))
+    if fields["transfer-encoding"].rpartition(",")[2].strip("\t ").lower() != "chunked":
+        raise Refusal(400, "Transfer-Encoding does not end in chunked")
+    return True
 
 
 def _target(method: str, target: str, minor: str, fields: Fields) -> Tuple[str, str]:
@@ -248,7 +253,7 @@ def _decide(method: str, target: str, minor: str, fields: Fields, rule: Redirect
             token_file: Optional[bytes]) -> Tuple[int, str, str, str]:
     """Status, Location, body and ACME token for a request; raises Refusal or HostError."""
     name, target = _target(method, target, minor, fields)
-    path = target.partition("?")[0] if method in ("GET", "HEAD") else ""
+    path = target.partition("?")[0] if method in ("GET", "HEAD", "OPTIONS") else ""     # HAProxy's health checks
     if target == "*":
         return 204, "", "", ""
     if rule.acme_dir and path.startswith(ACME_PREFIX):
@@ -283,7 +288,8 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
     for key, value in _FIELD.findall(text):     # several of one name make a list, RFC 9110 §5.3: two Hosts are no name
         key, value = key.lower(), value.rstrip("\t ")
         fields[key] = fields[key] + ", " + value if key in fields else value
-    method = location = token = refusal = ""
+    line = text.lstrip("\r\n").partition("\r\n")[0]
+    location = token = refusal = ""
     try:
         if not match or len(text) > MAX_HEAD:
             raise Refusal(*next((status, reason) for fault, status, reason in _FAULTS if fault.match(text)))
@@ -306,24 +312,21 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
             "plain" if status in (200, 404) else "html", len(body))
     if close:
         rest += "Connection: close\r\n"
-    if method == "HEAD":
+    if line.startswith("HEAD "):
         body = ""
     log = '"%s" %d %d "%s" "%s"' % (
-        _log_escape(text.lstrip("\r\n").partition("\r\n")[0]), status, len(body),
+        _log_escape(line), status, len(body),
         _log_escape(fields.get("referer", "-")), _log_escape(fields.get("user-agent", "-")))
     start = "" if refusal.startswith("TLS") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
     return Answer(start.encode(), (rest + "\r\n" + body).encode("latin-1"), close, unread, log, refusal, token)
 
 
-# The answer is pure, and monitors, load balancers and benchmarks send one head again and again.
-_kept_answer = lru_cache(maxsize=128)(answer)
-
-
 def is_hopeless(buffer: bytes, new: int) -> bool:
     """Whether a head that is not complete is refused already; only its last `new` bytes were not looked at before."""
-    if b"\n" in buffer[-new:]:
-        return not _BEGUN.match(buffer) or bool(_LONE_LF.search(buffer, len(buffer) - new)) or len(buffer) > MAX_HEAD
-    return buffer[:1] == b"\x16" or len(buffer) > MAX_HEAD or (len(buffer) > MAX_TARGET + 64 and b"\n" not in buffer)
+    if b"\n" in buffer[-new:] and (not _BEGUN.match(buffer) or _LONE_LF.search(buffer, len(buffer) - new)):
+        return True
+    no_line = len(buffer) > MAX_TARGET + 66 and buffer.find(b"\n", 2) < 0       # after the empty line that is tolerated
+    return no_line or buffer[:1] == b"\x16" or len(buffer) > MAX_HEAD
 
 
 # ---- The listener ----------------------------------------------------------------------------------------------------
@@ -399,11 +402,14 @@ def _dates(now: int) -> Tuple[bytes, str]:
 
 
 def read_token(folder: str, token: str) -> Optional[bytes]:
-    """The ACME token's file in this folder; None unless that is a regular file of exactly this name, and no link."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name == token and entry.is_file(follow_symlinks=False):
-                with open(entry.path, "rb") as file:
+    """The ACME token's file in this folder; None unless that is a regular file, and no link."""
+    def opener(path: str, flags: int) -> int:   # should another file have taken its place: no link, no wait for a FIFO
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    path = os.path.join(folder, token)
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            with open(path, "rb", opener=opener) as file:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     return file.read(64 * 1024)
     return None
 
@@ -428,13 +434,16 @@ class RedirectHandler(BaseHTTPRequestHandler):
     rule = RedirectRule()       # for a server that has none
     head_seconds = 10.0         # for a whole request head
     idle_seconds = 15.0         # from an answer to the next request; also for a client to take its answers
-    drain_seconds = 5.0         # for what the client still sends after its last answer
+    drain_seconds = 5.0         # for what the client still sends after its last answer,
+    drain_at_most = 4096        # in so many pieces
+    receive_at_once = 8192      # bytes
     answers_at_once = 32        # to pipelined requests, before it is another client's turn
 
     def setup(self) -> None:
         self.rule = getattr(self.server, "rule", self.rule)
         self.access_log = getattr(self.server, "access_log", None)
         self.error_log = getattr(self.server, "error_log", None)
+        self.answer = getattr(self.server, "answer", answer)
         self.last = getattr(self.server, "stopping", False)     # whether no request may follow the next one
         self.client = self.address_string()
         self.buffer = self.outgoing = b""
@@ -456,9 +465,10 @@ class RedirectHandler(BaseHTTPRequestHandler):
 
     def _serve(self) -> Iterator[int]:
         """The connection from its first byte to its last, in steps; yields what it waits for before the next."""
+        received = 0
         while not self.close_connection:
             try:
-                data = self.request.recv(8192)
+                data = self.request.recv(self.receive_at_once)
             except BlockingIOError:
                 yield selectors.EVENT_READ
                 continue
@@ -466,7 +476,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 data = b""
             if not data:            # the client is gone, or too slow for a blocking socket
                 return
-            more = True
+            received, more = len(data), True
             while more:
                 yield GO_ON
                 more = self._answer(data)
@@ -483,15 +493,15 @@ class RedirectHandler(BaseHTTPRequestHandler):
                     yield selectors.EVENT_WRITE
             if not self.close_connection:
                 yield selectors.EVENT_READ
-        if self.unread or self.buffer:      # to close at once would reset the answer
+        if self.unread or self.buffer or received == self.receive_at_once:      # else the answer would be reset
             self.buffer, self.deadline = b"", time.monotonic() + self.drain_seconds
             with contextlib.suppress(OSError):
                 self.request.shutdown(socket.SHUT_WR)
-                data = b"more"
-                while data:
+                for _ in range(self.drain_at_most):
                     yield selectors.EVENT_READ
                     with contextlib.suppress(BlockingIOError):
-                        data = self.request.recv(8192)
+                        if not self.request.recv(self.receive_at_once):
+                            return
 
     def _answer(self, data: bytes) -> bool:
         """Answer what is whole with this data, into `outgoing`; whether there may be more of it."""
@@ -505,7 +515,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
                     break
                 end = len(buffer)
             head, buffer, start = buffer[:end], buffer[end:], 0
-            result = (_kept_answer if end < MAX_KEPT else answer)(head, self.rule)
+            result = (self.answer if end < MAX_KEPT else answer)(head, self.rule)
             if result.token:
                 result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
             date, log_date = _dates(int(time.time()))
@@ -551,7 +561,7 @@ class _HTTPServer(HTTPServer):
         # In bytes: for a str, Python would load the IDNA codec, of 0.4 MB.
         info = socket.getaddrinfo((host or "0.0.0.0").encode(), port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
-        super().__init__(info[4][:2], *settings)    # type: ignore
+        super().__init__(info[4], *settings)    # type: ignore
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -559,6 +569,7 @@ class _HTTPServer(HTTPServer):
             self.socket.setsockopt(ipv6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # accepted sockets inherit it
         TCPServer.server_bind(self)         # HTTPServer's asks the DNS for a name of its own, which can take seconds
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -580,6 +591,7 @@ class RedirectServer(_HTTPServer):
     request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
     grace_seconds = 2.0         # after a stop, for requests that are under way
     at_once = 24                # connections that take their steps together
+    max_bytes = 32 * 1024 * 1024    # of unfinished heads and unsent answers
     rule = RedirectRule()
 
     def __init__(self, server_address: Address, RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
@@ -591,6 +603,8 @@ class RedirectServer(_HTTPServer):
         self._ready: List[RedirectHandler] = []     # who goes on in this turn
         self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
+        # It is pure, and monitors, load balancers and benchmarks send one head again and again.
+        self.answer = lru_cache(maxsize=128)(answer)
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -634,22 +648,30 @@ class RedirectServer(_HTTPServer):
 
     def _turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
-        timeout = max(0, min(timeout, self._next_sweep - time.monotonic()))
-        events = self._selector.select(timeout)
+        now = time.monotonic()      # before it waits: what came while the process was held up is not overdue
+        events = self._selector.select(max(0, min(timeout, self._next_sweep - now)))
         for start in range(0, len(events), self.at_once):
             # The listening socket has no handler; it is asked every time, as who is new does not wait for a slow crowd.
             self._ready = [key.data for key, _ in events[start:start + self.at_once] if key.data]
             if not self.stopping:
                 self._accept()
             self._go_on()
-        now = time.monotonic()
         if now >= self._next_sweep:
-            overdue = list(islice((handler for handler in self._connections if handler.deadline < now), 64))
+            overdue = list(islice(self._overdue(now), 64))
             self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
             for handler in overdue:
                 if handler.buffer.strip() and handler.waits_for == selectors.EVENT_READ:
-                    handler.log_error("refused: no whole request head in %g seconds", handler.head_seconds)
+                    handler.log_error("refused: no whole request head in time")
                 self._drop(handler)
+
+    def _overdue(self, now: float) -> Iterator[RedirectHandler]:
+        """Who is past the deadline, or has waited longest where all together hold more than max_bytes."""
+        held = 0
+        for handler in reversed(self._connections):
+            size = len(handler.buffer) + len(handler.outgoing)
+            held += size
+            if handler.deadline < now or (size and held > self.max_bytes):
+                yield handler
 
     def _go_on(self) -> None:
         """Let all who are ready go on, one step each at a time."""
@@ -1379,7 +1401,8 @@ Accept: */*\r
 Connection: close\r
 \r
 """
-MAX_HOPS = 5
+MAX_REQUESTS = 16           # to an address; of the first ones, not counting the forged one, each is made in any case
+INTERIM = rb"(?:HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n)*"     # 103 Early Hints and the like
 MAX_ANSWER = 64 * 1024      # bytes that are read of one response
 HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
 EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "unknown": 3, "critical": 2}    # the monitoring world's; mildest first
@@ -1395,6 +1418,7 @@ unknown  host-unknown: {host} has no address to ask: {error}
 critical http-no-answer: {url} gives no answer: {error}
 critical http-garbled: {url} does not answer in HTTP: see what listens there
 critical domain.tls.cannot_connect: HTTPS at {origin} does not answer ({error}): start it, or correct the redirect
+warning  https-error: {url} answers {status}: look at the HTTPS server
 critical redirection-missing: {url} answers {status} in clear: redirect it to https
 critical iis-403.4: {url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 (Custom Errors, 403;4) are
     not done
@@ -1406,8 +1430,8 @@ warning  redirection-off-host-from-http: {url} first leads to another host, {loc
     first
 critical redirects.insecure.subsequent: {url} leads back to plain HTTP, {location}
 warning  redirects.too_many: {url} takes {count} hops: lead to the last one at once
-critical redirects.too_many.loop: {url} comes back to itself: an endless redirect. Behind a load balancer that ends
-    TLS, redirect there and not on the server
+critical redirects.too_many.loop: {url} is redirected without end, at least for who keeps no cookies. Behind a load
+    balancer that ends TLS, redirect there and not on the server
 critical proxy-loop: {url} answers 421: the proxy that ends TLS sends HTTPS traffic to the redirect. Send it to the
     application
 critical redirects.http.first_redirect.invalid: {url} answers {status} with no usable Location ({location})
@@ -1497,7 +1521,8 @@ def parse_url(text: str) -> Url:
 def _connected(url: Url, address: Address, context: Optional[ssl.SSLContext], seconds: float) -> Iterator[Any]:
     """A socket, after the TLS handshake if there is a context, in so many seconds at the most."""
     deadline = time.monotonic() + seconds
-    with socket.create_connection(address, seconds) as plain:
+    count = len(socket.getaddrinfo(*address, 0, socket.SOCK_STREAM))     # each of which is tried in turn
+    with socket.create_connection(address, seconds / count) as plain:
         plain.settimeout(max(0.001, deadline - time.monotonic()))
         with context.wrap_socket(plain, server_hostname=url.name.strip("[]")) if context else plain as sock:
             yield sock
@@ -1514,7 +1539,7 @@ def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: s
         sock.sendall(REQUEST.format(target=url.target, host=host, version=__version__).encode("latin-1"))
         try:
             # A redirect is read to the end of its head: some load balancers leave the connection open after it.
-            while len(data) < MAX_ANSWER and not re.match(rb"HTTP/1\.[01] 3[^\0]*?\n\r?\n", data):
+            while len(data) < MAX_ANSWER and not re.search(rb"\A%sHTTP/1\.[01] 3[^\0]*?\n\r?\n" % INTERIM, data):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise socket.timeout
@@ -1528,7 +1553,7 @@ def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: s
                 raise
     if not data:
         raise ConnectionError("closed without an answer")
-    data = re.sub(rb"\A(?:HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n)+", b"", data)     # 103 Early Hints and the like
+    data = re.sub(rb"\A" + INTERIM, b"", data)
     head, *body = re.split(r"\n\r?\n", data.decode("latin-1"), maxsplit=1)
     line, *lines = re.split(r"\r?\n", head.rstrip("\r"))      # RFC 9112 §2.2: a lone LF ends a line too
     match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
@@ -1539,10 +1564,28 @@ def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: s
     return Response(int(match.group(1)), fields, body[0])
 
 
+# RFC 6797 §6.1: directives between semicolons.
+_DIRECTIVE = r'[\t ]*(?:([^\s",;=]+)[\t ]*(?:=[\t ]*([^\s",;=]+|"(?:[^"\\]|\\.)*")[\t ]*)?)?'
+
+
+def max_age(field: str) -> Optional[int]:
+    """Seconds that a Strict-Transport-Security field holds for; None where one fault spoils it all, as in browsers."""
+    if not re.fullmatch("(?:%s;)*%s" % (_DIRECTIVE, _DIRECTIVE), field):
+        return None
+    directives = [(name.lower(), value) for name, value in re.findall(_DIRECTIVE + "(?:;|$)", field) if name]
+    values = dict(directives)
+    age = values.get("max-age", "").strip('"')
+    if len(values) < len(directives) or values.get("includesubdomains") or not re.fullmatch("[0-9]+", age):
+        return None
+    return int(age.lstrip("0")[:18] or 0)
+
+
 def _trusting(trust: Fields, check_hostname: bool = True, flags: int = 0) -> ssl.SSLContext:
     """As browsers verify: without X509_V_FLAG_X509_STRICT, which Python 3.13 sets and many a company's CA fails."""
     context = ssl.create_default_context(**trust)
     context.check_hostname = check_hostname
+    if getattr(ssl, "HAS_NEVER_CHECK_COMMON_NAME", False):      # from Python 3.7 on
+        context.hostname_checks_common_name = False
     context.verify_flags = context.verify_flags & ~0x20 | flags
     return context
 
@@ -1648,25 +1691,28 @@ class _SiteCheck:
 
     def _judge_fields(self, url: Url, response: Response) -> None:
         for cookie in (value for key, value in response.fields if key == "set-cookie"):
+            if re.match(r"[^=;]*(=[\t ]*)?(;|$)", cookie):     # nothing in it: mostly one that is deleted
+                continue
             if url.scheme == "http":
                 self.found("cookie-over-http", url)
-            elif not re.search(r"(?i);[\t ]*secure[\t ]*(;|$)", cookie):
+            elif not re.search(r"(?i);[\t ]*secure[\t ]*([;=]|$)", cookie):
                 self.found("cookie-without-secure", url)
         hsts = response.field("strict-transport-security")
-        match = re.search(r'(?i)(?:^|;)[\t ]*max-age[\t ]*=[\t ]*"?([0-9]{1,18})', hsts or "")
+        age = max_age(hsts or "")
         if url.scheme == "http":
             if hsts is not None:
                 self.found("redirects.http.useless_header", url)
-        elif not match:
-            if url.name == self.site.name:
-                self.found("response.no_header", url)
-        elif int(match.group(1)) < YEAR:
-            short = "too_low" if int(match.group(1)) < HALF_YEAR else "below_1_year"
-            self.found("header.preloadable.max_age." + short, url, age=int(match.group(1)))
+        elif url.name != self.site.name or re.match(r"\[|[0-9.]+$", url.name):     # an address cannot have it
+            pass
+        elif age is None:
+            self.found("response.no_header", url)
+        elif age < YEAR:
+            short = "too_low" if age < HALF_YEAR else "below_1_year"
+            self.found("header.preloadable.max_age." + short, url, age=age)
 
     def _next(self, url: Url, response: Response) -> Optional[Url]:
         """Where this redirect leads; None, and a finding, if nowhere."""
-        location = response.location
+        location = ", ".join(sorted({value for name, value in response.fields if name == "location"}))
         try:
             following = parse_url(urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else "")
         except ValueError:
@@ -1690,24 +1736,24 @@ class _SiteCheck:
             following = self._next(url, response)
             if not following:
                 return
-            if not seen:
+            if not seen and url.scheme == "http":
                 self._judge_first(url, response, following)
             elif url.scheme == "https" != following.scheme:
                 self.found("redirects.insecure.subsequent", url, location=following)
             seen.append(url)
             url = following
-            if url in seen:
-                self.found("redirects.too_many.loop", url)
+            if url in seen or len(self._answers) >= MAX_REQUESTS:
+                self.found("redirects.too_many.loop", start)
                 return
-            if len(seen) > MAX_HOPS:
-                break
         if len(seen) > 3:
-            self.found("redirects.too_many", start, count="%d%s" % (len(seen), " or more" * (len(seen) > MAX_HOPS)))
+            self.found("redirects.too_many", start, count=len(seen))
         if url.scheme == "https" and response.status == 421:
             self.found("proxy-loop", url)
-        elif seen and url.scheme != "https":
+        elif url.scheme == "https" and response.status >= 500:
+            self.found("https-error", url, status=response.status)
+        elif seen and url.scheme == "http":
             self.found("redirection-not-to-https", start, location=url)
-        elif not seen:
+        elif url.scheme == "http":
             self._judge_missing(url, response)
 
     def _judge_missing(self, url: Url, response: Response) -> None:
@@ -1744,7 +1790,7 @@ class _SiteCheck:
         """RFC 9110 §7.2: a Host that is no host must not come back in a Location."""
         with contextlib.suppress(OSError, ValueError):
             response = fetch(self.site, self.address, None, self.site.name + "@forged.invalid", self.seconds)
-            if "forged.invalid" in response.location:
+            if "forged.invalid" in response.location.lower():
                 self.found("host-reflected", self.site, location=response.location)
 
     def run(self, address: Address) -> None:
@@ -1760,8 +1806,10 @@ class _SiteCheck:
             secure = self.site._replace(scheme="https", port=self.rule.https_port)
             if not self._context(secure):
                 self.found("http-no-answer", self.site, error=_reason(error))
-            elif self._ask(secure):
-                self.found("redirection-not-needed-no-http", origin=self.site.origin)
+            else:
+                self._follow(secure)
+                if "critical" not in [finding.severity for finding in self.findings]:
+                    self.found("redirection-not-needed-no-http", origin=self.site.origin)
             return
         for target in ("/", self.rule.path, self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb"):
             self._follow(self.site._replace(target=target))
@@ -2224,7 +2272,8 @@ def _rule(fields: Fields, port: int) -> RedirectRule:
 
 
 def _say(text: str) -> None:
-    print("owahttps: " + text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):      # the exit code says it too
+        print("owahttps: " + text, file=sys.stderr, flush=True)
 
 
 def _paint(word: str) -> str:
@@ -2414,7 +2463,7 @@ def command_check(args: argparse.Namespace) -> int:
         ssl.create_default_context(**trust)
     except OSError as error:
         raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
-    family = socket.AF_INET if vars(args)["4"] else socket.AF_INET6 if vars(args)["6"] else 0
+    family = {(True, ""): socket.AF_INET, ("", True): socket.AF_INET6}.get((vars(args)["4"], vars(args)["6"]), 0)
     RedirectRule(**fields)
     for target in filter(None, args.target + [args.connect]):
         _site(target)

@@ -99,7 +99,7 @@ def get(target="/", host="mail.example.com", fields="", line="GET {} HTTP/1.1"):
 
 @pytest.mark.parametrize("authority, name", [
     ("mail.example.com", "mail.example.com"), ("MAIL.Example.com:8080", "mail.example.com"), ("a", "a"), ("a.", "a"),
-    ("a.:80", "a"), ("a_b-c.d", "a_b-c.d"), ("1a.2b", "1a.2b"), ("192.0.2.1:80", "192.0.2.1"), ("[::1]", "[::1]"),
+    ("a.:80", "a"), ("a:", "a"), ("[::1]:", "[::1]"), ("a_b-c.d", "a_b-c.d"), ("1a.2b", "1a.2b"), ("192.0.2.1:80", "192.0.2.1"), ("[::1]", "[::1]"),
     ("[2001:DB8::1]:65535", "[2001:db8::1]"), ("[::ffff:192.0.2.1]", "[::ffff:192.0.2.1]"), ("xn--bcher-kva.example", "xn--bcher-kva.example"),
     ("a" * 63 + ".b", "a" * 63 + ".b"), ("a." * 126 + "a", "a." * 126 + "a"), ("0x.example", "0x.example"), ("1.2.3.4.example:1", "1.2.3.4.example")])
 def test_server_name(authority, name):
@@ -107,7 +107,7 @@ def test_server_name(authority, name):
 
 
 @pytest.mark.parametrize("authority", [
-    "", ".", "..", "a..", "a..b", ".a", "-a", "a-", "_a", "a:", "a:0", "a:65536", "a:123456", "a:b", "a:80:80", "a b", "a\t", "a\n", "\na",
+    "", ".", "..", "a..", "a..b", ".a", "-a", "a-", "_a", ":", ":80", "a::", "a:0", "a:65536", "a:123456", "a:b", "a:80:80", "a b", "a\t", "a\n", "\na",
     "a@b", "u:p@a", "a#b", "a?b", "a/b", "a\\b", "a,b", "a%b", "a%20b", '"a"', "'a'", "<a>", "a;b", "a|b", "{a}", "$a", "*", "*.a", "\xe9",
     "b\xfccher.example", "\u212a", "\u0661.example", "a\0", "a\x7f", "::1", "[::1", "::1]", "[::1]a", "[::1].", "[]", "[a]", "[::g]", "[1::2::3]",
     "[fe80::1%eth0]", "[fe80::1%25eth0]", "[v1.a]", "256", "1.2.3", "1.2.3.4.5", "256.1.1.1", "01.2.3.4", "1.2.3.0x4", "a.0x", "127.1", "a" * 64,
@@ -308,7 +308,7 @@ def test_the_longest_head(size, status):
 @pytest.mark.parametrize("begun, hopeless", [
     ("", False), ("G", False), ("GET / HTTP/1.1", False), ("GET / HTTP/1.1\r", False), ("GET / HTTP/1.1\r\n", False), ("\r\n", False), ("\r\nGET", False),
     ("GET / HTTP/1.1\r\nHost: a\r\n", False), ("GET /\r\n", True), ("GET / HTTP/1.1\n", True), ("GET / HTTP/1.1\r\nHost: a\n", True), ("\n", True), ("\x16", True),
-    ("\r\n\r", False), ("x" * (owahttps.MAX_TARGET + 65), True), ("GET / HTTP/1.1\r\nX: " + "x" * owahttps.MAX_HEAD, True),
+    ("\r\n\r", False), ("x" * (owahttps.MAX_TARGET + 67), True), ("\r\n" + "x" * (owahttps.MAX_TARGET + 65), True), ("GET / HTTP/1.1\r\nX: " + "x" * owahttps.MAX_HEAD, True),
     ("GET / HTTP/2.0\r\n", True)], ids=lambda value: ascii(value)[:40])
 def test_is_hopeless(begun, hopeless):
     """A head is refused as soon as it can never be right, however its bytes are cut into packets; else it may go on."""
@@ -531,7 +531,7 @@ def test_slow_clients_are_cut_at_their_deadline_and_nobody_waits_for_them():
         assert len(ends) == 150 and min(ends.values()) > 0.5 and max(ends.values()) < 3
         assert sorted(normal)[len(normal) // 2] < 0.1
         assert wait_until(lambda: not server._connections)
-        assert sum("no whole request head in 0.6 seconds" in line for line in server.error_log) == 100
+        assert sum("no whole request head in time" in line for line in server.error_log) == 100
 
 
 def test_slow_clients_are_dropped_a_few_at_a_time():
@@ -668,7 +668,7 @@ def test_a_body_after_pipelined_requests(before):
 
 
 @pytest.mark.parametrize("start, status", [
-    (b"", b"414"), (b"GET /", b"414"), (b"\r\n", b"431"), (b"GET / HTTP/1.1\r\nHost: ", b"431"), (b"GET / HTTP/1.1\r\nX: ", b"431")])
+    (b"", b"414"), (b"GET /", b"414"), (b"\r\n", b"414"), (b"GET / HTTP/1.1\r\nHost: ", b"431"), (b"GET / HTTP/1.1\r\nX: ", b"431")])
 def test_a_million_bytes_without_a_line_end(start, status):
     """The server must never keep more than a head's worth of them, and the client must see why, not a reset."""
     kept = []
@@ -792,7 +792,7 @@ def test_other_protocols(first, answer, reason):
     with listening(Quick) as server:
         assert statuses(fetch_all(server, first))[:1] == ([answer] if answer else [])
         assert len(server.error_log) == 1 and server.error_log[0].endswith("refused: %s\n" % (
-            reason or "no whole request head in 0.3 seconds"))
+            reason or "no whole request head in time"))
 
 
 @pytest.mark.parametrize("head", (ONCE, b"\r\n" + ONCE, ONCE[:-2] + b"X : y\r\n\r\n", ONCE[:-2] + b"a: \r\n\tb\r\n\r\n"))
@@ -821,8 +821,9 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     (b"Content-Length: +0\r\n\r\n", [b"400"]), (b"Content-Length: -1\r\n\r\n", [b"400"]), (b"Content-Length:\r\n\r\n", [b"400"]),
     (b"Content-Length: 0_0\r\n\r\n", [b"400"]), (b"Content-Length: \xb2\r\n\r\n", [b"400"]), (b"Content-Length: \xa00\r\n\r\n", [b"400"]),
     (b"Content-Length : 47\r\n\r\n", [b"400"]), (b"Content-Length: 0\x0b\r\n\r\n", [b"400"]),
-    (b"Transfer-Encoding: chunked\r\n\r\n0\r\nHost: evil.example\r\n\r\n", [b"302"]), (b"Transfer-Encoding: identity\r\n\r\n", [b"302"]),
-    (b"Transfer-Encoding: xchunked\r\n\r\n", [b"302"]), (b"Transfer-Encoding:\r\n chunked\r\n\r\n", [b"400"]),
+    (b"Transfer-Encoding: chunked\r\n\r\n0\r\nHost: evil.example\r\n\r\n", [b"302"]), (b"Transfer-Encoding: identity\r\n\r\n", [b"400"]),
+    (b"Transfer-Encoding: xchunked\r\n\r\n", [b"400"]), (b"Transfer-Encoding: gzip,\tChunked\r\n\r\n", [b"302"]),
+    (b"Transfer-Encoding: chunked, gzip\r\n\r\n", [b"400"]), (b"Transfer-Encoding: \x85chunked\r\n\r\n", [b"400"]), (b"Transfer-Encoding:\r\n chunked\r\n\r\n", [b"400"]),
     (b"Transfer-Encoding : chunked\r\n\r\n", [b"400"]), (b"X: x\nTransfer-Encoding: chunked\r\n\r\n", [b"400"]),
     (b"X: x\rTransfer-Encoding: chunked\r\n\r\n", [b"400"]), (b"\n", [b"400"]), (b"\r\r\n\r\n", [b"400"]),
     (b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", [b"302", b"302"]), (b"Connection: keep-alive, close\r\n\r\n", [b"302"])])
@@ -863,9 +864,9 @@ def test_no_head_takes_long_or_much(head):
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.1 and len(result.log) < 3 * owahttps.MAX_LOGGED + 50
     with listening(Quick) as server:
-        before = owahttps._kept_answer.cache_info().currsize
+        before = server.answer.cache_info().currsize
         assert statuses(fetch_all(server, head + ONCE))
-        assert owahttps._kept_answer.cache_info().currsize <= before + 1      # ONCE itself
+        assert server.answer.cache_info().currsize <= before + 1      # ONCE itself
 
 
 def test_caches_are_bounded():
@@ -873,7 +874,7 @@ def test_caches_are_bounded():
     with listening() as server:
         heads = b"".join(b"GET / HTTP/1.1\r\nHost: h%d.example.com\r\n\r\n" % number for number in range(1500))
         assert len(statuses(fetch_all(server, heads + ONCE))) == 1501
-    assert owahttps.server_name.cache_info().currsize <= 1024 and owahttps._kept_answer.cache_info().currsize <= 128
+    assert owahttps.server_name.cache_info().currsize <= 1024 and server.answer.cache_info().currsize <= 128
 
 
 @pytest.mark.parametrize("bytes_", [
@@ -1534,7 +1535,7 @@ SITE_CASES = [
          to(S + "/exchange", YEAR)),
     Case("the load balancer is told", "proxy-loop redirection-to-https", 2, GOOD, says("421 Misdirected Request",
          YEAR)),
-    Case("endless redirects", "redirection-to-https redirects.too_many", 1, GOOD, to(S + "PATHx", YEAR)),
+    Case("endless redirects", "redirection-to-https redirects.too_many.loop", 2, GOOD, to(S + "PATHx", YEAR)),
     Case("three hops", ALL_GOOD, 0, to(S + "/2"), {"/2": to(S + "/3", YEAR), "": HOME}),
     Case("four hops", ALL_GOOD + " redirects.too_many", 1, to(S + "/2"),
          {"/2": to(S + "/3", YEAR), "/3": to(S + "/4", YEAR), "/4": to(S + "/5", YEAR), "": HOME}),
@@ -1802,7 +1803,7 @@ def test_our_listener_behind_a_load_balancer(certificates: Any, capsys: Any) -> 
         with owahttps.running(owahttps.RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
             site.words[-3:] = ["127.0.0.1:%d" % address[1]]
             report, code = judge(site, capsys)
-            assert (ids(report), code) == ("proxy-loop redirection-to-https response.no_header", 2)
+            assert (ids(report), code) == ("proxy-loop redirection-to-https", 2)
 
 
 def test_demo_before() -> None:
@@ -1999,9 +2000,7 @@ def test_sabotage_turns_the_selftest_red(monkeypatch, name, value, must_fail):
         value = lambda address, rule: owahttps._HTTPServer(address, owahttps.BeforeHandler)     # noqa: E731
     owner, _, attribute = name.rpartition(".")
     monkeypatch.setattr(getattr(owahttps, owner) if owner else owahttps, attribute, value)
-    owahttps._kept_answer.cache_clear()
     red = [what for what, _, _ in failing()]
-    owahttps._kept_answer.cache_clear()
     assert must_fail in red
 
 
@@ -2042,7 +2041,7 @@ def test_size_is_a_feature():
     assert len(lines) <= CAP and max(map(len, lines)) <= 120
 
 
-CAP = 2522
+CAP = 2600
 
 
 def test_nothing_is_used_before_it_is_defined():
