@@ -86,7 +86,8 @@ def server_name(authority: str) -> str:
     """
     match = _AUTHORITY.fullmatch(authority)
     if not match or not 1 <= int((match.group("port") or "")[1:] or 80) <= 65535:
-        raise HostError("%a is not a server name (letters, digits, - _ . or [IPv6]; port 1-65535)" % authority[:300])
+        raise HostError("%a is not a server name (letters, digits, - _ ., xn-- for others, or [IPv6]; port 1-65535)"
+                        % authority[:300])
     name = (match.group("name") or match.group("ipv6")).lower()
     try:
         if match.group("ipv6"):
@@ -131,7 +132,7 @@ class RedirectRule(_RuleFields):
         names = [server_name(name) for name in given]
         for name in given:
             if ":" in name.rpartition("]")[2]:
-                raise HostError("%a has a port: a rule's host is a name alone" % name)
+                raise HostError("%a has a port: a rule's host is a name alone, see --https-port" % name)
         for path in (rule.path, rule.health or "/"):
             if not _PATH.fullmatch(path):
                 raise RuleError("path %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /" % path)
@@ -1071,14 +1072,16 @@ STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedi
 
 def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
     """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
-    later ones by `method`, "redirect" (Microsoft's procedure) or "403.4" (what became of the article's)."""
+    later ones by `method`, "redirect" or "" (Microsoft's procedure) or "403.4" (what became of the article's)."""
     iis, peculiar = EXCHANGE[name]
     folder = rule.path.split("/")[1]
     _refuse(name, (not folder, "needs a virtual directory in --path, such as /owa: / would lead to itself"))
     page = ""
     if "article" in peculiar:
+        _refuse(name, (method, "has one method, the article's: it takes no --method"))
         method, page = "article", asp_page(rule, http_port)
     else:
+        method = method or "redirect"
         _refuse(name, (not rule.host, "redirects to an absolute address: give --host"),
                 (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
                 (rule.allow_hosts or rule.health or rule.acme_dir, "cannot do --allow-host, --health or --acme-dir"),
@@ -1328,9 +1331,11 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def page(self) -> Tuple[int, str, Pairs]:
         """Status, title, and what happened: a sentence and its detail each."""
-        story: Pairs = self.server.story()      # type: ignore
         secure = "%s, %s" % (self.connection.version(), self.connection.cipher()[0])
-        return 200, "You are on HTTPS", story + [("This page came over a secure channel.", secure)]
+        return 200, "You are on HTTPS", self.story() + [("This page came over a secure channel.", secure)]
+
+    def story(self) -> Pairs:
+        return self.server.story(self.headers.get("Host", ""))      # type: ignore
 
     def do_GET(self) -> None:
         status, title, steps = self.page()
@@ -1358,14 +1363,18 @@ class _ThreadingServer(ThreadingMixIn, _HTTPServer):
         """Nothing: a browser that does not trust the certificate breaks off, and asks its user."""
 
 
+def _pem_trouble(error: OSError) -> str:
+    return "not what it should be, in PEM" if isinstance(error, ssl.SSLError) else error.strerror or str(error)
+
+
 class StubServer(_ThreadingServer):
     """HTTPS with this certificate and key, or with the embedded ones, which are for loopback addresses alone.
 
-    story() tells what happened before, for the page: [(sentence, detail), ...].
+    story(host) tells what happened before, for the page at this Host: [(sentence, detail), ...].
     """
 
     def __init__(self, server_address: Address, certificate: str = "", key: str = "",
-                 story: Callable[[], Pairs] = list) -> None:
+                 story: Callable[[str], Pairs] = lambda host: []) -> None:
         self.story = story
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
@@ -1373,7 +1382,8 @@ class StubServer(_ThreadingServer):
             try:
                 self.context.load_cert_chain(certificate, key or None)
             except OSError as error:
-                raise RuleError("--cert %a, --key %a: %s" % (certificate, key, error.strerror or error)) from None
+                given = "--cert %a" % certificate + (key and ", --key %a" % key)
+                raise RuleError("%s: %s" % (given, _pem_trouble(error))) from None
         else:
             if not ip_address(server_address[0]).is_loopback:
                 raise RuleError("%s is no loopback address: the embedded certificate is no secret" % server_address[0])
@@ -1894,7 +1904,7 @@ Host port that is no number                  | 400             | GET / HTTP/1.1$
 empty Host                                   | 400             | GET / HTTP/1.1$Host: $&
 no Host, HTTP/1.1                            | 400             | GET / HTTP/1.1$&
 no Host, HTTP/1.0 [no host]                  | 400             | GET / HTTP/1.0$$
-no Host, HTTP/1.0, with a fixed host [host]  | 302 TO/exchange | GET / HTTP/1.0$$
+no Host, HTTP/1.0, with a fixed host [host]  | 302 https:///exchange | GET / HTTP/1.0$$
 no Host, HTTP/1.1, with a fixed host [host]  | 400             | GET / HTTP/1.1$&
 two Hosts, equal                             | 400             | GET / HTTP/1.1$HOST$HOST$&
 two Hosts                                    | 400             | GET / HTTP/1.1$HOST$Host: evil.example$&
@@ -2011,14 +2021,15 @@ def _expected(expect: str, rule: RedirectRule) -> str:
     """A case's expectation, written for the default rule, in terms of this one."""
     def answer_to(match: "re.Match[str]") -> str:
         name, path = match.groups()
-        if rule.allow_hosts and name not in rule.allow_hosts:
+        if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
             return "421"
         if path == "/exchange":
             path = "/" if rule.keep_path else rule.path
         port = ":%d" % rule.https_port if rule.https_port != 443 else ""
         return "%d https://%s%s%s" % (rule.status, rule.host or name, port, path)
     refused = "400|421" if rule.allow_hosts else "400"      # no name is not an allowed name either
-    return re.sub(r"302 https://([^/]+)([^ ,]+)", answer_to, re.sub("^400$", refused, expect))
+    expected = re.sub(r"302 https://([^/]*)([^ ,]+)", answer_to, re.sub("^400$", refused, expect))
+    return re.sub("421, .*", "421", expected)       # a refusal ends the connection
 
 
 Result = Tuple[str, str, str]       # what was tried, what was expected ("a|b": either), what came
@@ -2097,20 +2108,23 @@ class BeforeHandler(StubHandler):
     def page(self) -> Tuple[int, str, Pairs]:
         return 403, "The page must be viewed over a secure channel", [
             ("You asked for it over plain HTTP. Type https:// at the beginning of the address, and try again.",
-             "HTTP 403.4 - Forbidden: SSL required\nInternet Information Services")]
+             "HTTP 403.4 - Forbidden: SSL required\nInternet Information Services")] + self.story()
 
 
 class _LastRedirect:
-    """An access log that keeps the target of its last line, for the stub's page to tell of it."""
-    rule, origin, target = RedirectRule(), "", "/"
+    """An access log that keeps the target of the last redirect, for the stub's page to tell of it, once."""
+    rule, port, target = RedirectRule(), 0, ""
 
     def write(self, line: str) -> None:
         self.target = "".join(re.findall('"[A-Z]+ ([^ ]+) [^"]*" 30', line)) or self.target
 
-    def story(self) -> Pairs:
-        return [("You typed an address without https.", self.origin + self.target),
+    def story(self, host: str) -> Pairs:
+        name, target, self.target = re.sub(":[0-9]+$", "", host), self.target, ""
+        if not target:
+            return [("You came straight here: nothing was redirected.", "https://" + host)]
+        return [("You typed an address without https.", "http://%s:%d%s" % (name, self.port, target)),
                 ("owahttps answered with a redirect.", "HTTP/1.1 %d %s\nLocation: %s" % (
-                    self.rule.status, PHRASES[self.rule.status], self.rule.location("localhost", self.target)))]
+                    self.rule.status, PHRASES[self.rule.status], self.rule.location(name, target)))]
 
 
 def _next_free(port: int, server: Callable[..., Any], *settings: Any, **fields: Any) -> Any:
@@ -2161,7 +2175,7 @@ RECIPE=exchange2000     one of --list
 --script                print the commands that do the same alone
 --undo                  print the commands that take it back alone
 --write DIR             write the files there instead, never over one that differs
---method METHOD=redirect  Exchange 2007 and later: redirect, Microsoft's HTTP Redirect, or 403.4, the article's
+--method METHOD         Exchange 2007 and later: redirect (Microsoft's, the default), or 403.4 (the article's)
 --site NUMBER=1         IIS 5 and 6: the Web site's number
 --http-port NUMBER=80   the port of plain HTTP
 
@@ -2266,6 +2280,8 @@ def _rule_fields(args: argparse.Namespace) -> Fields:
 def _rule(fields: Fields, port: int) -> RedirectRule:
     """The rule with these fields, for plain HTTP at this port."""
     rule = RedirectRule(**fields)
+    if rule.keep_path and "path" in fields:
+        raise RuleError("--path %a and --keep-path: everybody lands there, or the path is kept" % rule.path)
     if rule.https_port == port:
         raise RuleError("--https-port %d is the port of plain HTTP: a loop" % port)
     return rule
@@ -2412,6 +2428,7 @@ def command_generate(args: argparse.Namespace) -> int:
     if args.recipe in EXCHANGE:
         parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
     else:
+        _refuse(args.recipe, (args.method, "is no Exchange: it takes no --method"))
         parts = server_recipe(args.recipe, rule, args.http_port)
     asked = [name for name in ("asp", "steps", "script", "undo") if getattr(args, name)]
     if asked:
@@ -2462,7 +2479,7 @@ def command_check(args: argparse.Namespace) -> int:
     try:
         ssl.create_default_context(**trust)
     except OSError as error:
-        raise RuleError("--ca-file %a: %s" % (args.ca_file, error.strerror or error)) from None
+        raise RuleError("--ca-file %a: %s" % (args.ca_file, _pem_trouble(error))) from None
     family = {(True, ""): socket.AF_INET, ("", True): socket.AF_INET6}.get((vars(args)["4"], vars(args)["6"]), 0)
     RedirectRule(**fields)
     for target in filter(None, args.target + [args.connect]):
@@ -2495,18 +2512,23 @@ def command_demo(args: argparse.Namespace) -> int:
     over = threading.Event()
     _on_signal(over.set)
     last = _LastRedirect()
+    if args.key and not args.cert:
+        raise RuleError("--key %a is the key of no --cert" % args.key)
     with running(_next_free(args.https_port, StubServer, args.cert, args.key, last.story)) as (_, https_port):
         last.rule = rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
         if args.before:
             server = _next_free(args.port, _ThreadingServer, BeforeHandler)
+            server.story = lambda host: [("In this demo that is:", rule.location("localhost", "/"))]
         else:
             server = _next_free(args.port, RedirectServer, rule=rule, access_log=last)
-        url = last.origin = "http://localhost:%d" % server.server_address[1]
+        last.port = server.server_port
+        url = "http://localhost:%d" % last.port
         with running(server):
             print("%s/  %s %s" % (url, "answers 403.4, as IIS does; the page is at" if args.before else "->",
                                   rule.location("localhost", "/")), flush=True)
             if not args.cert:
-                _say('browsers warn of the certificate; curl -iL --cacert "%s" %s/' % (__file__, url))
+                trust = '--cacert "%s"' % sys.argv[0] if os.path.isfile(sys.argv[0]) else "-k"
+                _say("browsers warn of the certificate; curl -iL %s %s/" % (trust, url))
             _say("Ctrl-C ends it")
             if args.open:
                 import webbrowser

@@ -239,16 +239,18 @@ def test_the_answer_to_the_byte():
     ("GET http:///x HTTP/1.1\r\nHost: x\r\n\r\n", 400, b"not one server name"), ("GET http://a/ HTTP/1.1\r\nHost: \r\n\r\n", 400, b"not one server name"),
     ("GET /\xe9 HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"https://a/%E9\r\n"), ("GET /'&<a HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"&#x27;&amp;%3Ca\""),
     ("G@T / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"), ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
+    ("HEAD / HTTP/1.1\r\nHost: a\r\nbad\r\n\r\n", 400, b"Content-Length: 9"), ("\r\nHEAD / HTTP/2.0\r\n\r\n", 505, b"Content-Length: 1"),
+    ("M" * 50 + " / HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"https://a/"), ("M" * 51 + " / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
     ("GET / http/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"), ("\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n"[:4], 400, b"malformed request line")])
 def test_answers(head, status, has):
     result = owahttps.answer(head.encode("latin-1"), RedirectRule(keep_path=True))
     assert result.start.startswith(b"HTTP/1.1 %d " % status) and has in result.rest
-    assert result.rest.endswith(b"\r\n\r\n") == (head[:4] in ("HEAD", "OPTI"))
+    assert result.rest.endswith(b"\r\n\r\n") == (head.lstrip()[:4] in ("HEAD", "OPTI"))
 
 
 # What sorts before or after a word that decides must not be taken for it; a limit holds to the byte.
 @pytest.mark.parametrize("line, fields, status", [
-    ("GET /a", "", 302), ("GET /health", "", 200), ("GET /i", "", 302), ("GET /healthy", "", 302), ("POST /health", "", 302),
+    ("GET /a", "", 302), ("GET /health", "", 200), ("GET /i", "", 302), ("GET /healthy", "", 302), ("POST /health", "", 302), ("OPTIONS /health", "", 200),
     ("OPTIONS !", "", 400), ("OPTIONS evil", "", 400), ("PUT *", "", 400), ("GET *", "", 400), ("OPTIONS *", "", 204),
     ("GET /", "X-Forwarded-Proto: http", 302), ("GET /", "X-Forwarded-Proto: wss", 302), ("GET /", "X-Forwarded-Proto: HTTPS, http", 421),
     ("GET /" + "a" * 8191, "", 302), ("GET /" + "a" * 8192, "", 414),
@@ -355,7 +357,9 @@ def test_serve_tells_where_and_logs_in_combined_format():
     (["generate", "haproxy", "--acme-dir", "/a"], 2, "HAProxy serves no files"), (["generate", "nginx", "--acme-dir", "a"], 2, "--acme-dir"),
     (["generate", "nginx", "--asp"], 2, "no such part"), (["generate", "--write", "/no/such"], 1, "'/no/such' is not a folder"), (["selftest", "--path", "/x"], 2, "--against"),
     (["selftest", "--against", "non sense"], 2, "non sense"), (["selftest", "--against", "http://127.0.0.1:1"], 1, "gives no answer"),
-    (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--max-connections", "-1"], 2, "-1"), (["generate", "--site", "0"], 2, "'0'"),
+    (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--path", "/owa", "--keep-path"], 2, "--keep-path"),
+    (["generate", "nginx", "--method", "403.4"], 2, "--method"), (["generate", "exchange2003", "--method", "redirect"], 2, "--method"),
+    (["demo", "--key", "k"], 2, "--key"), (["demo", "--cert", SCRIPT + "x"], 2, "--cert"), (["demo", "--cert", os.path.join(HERE, "README.md")], 2, "PEM"), (["serve", "--max-connections", "-1"], 2, "-1"), (["generate", "--site", "0"], 2, "'0'"),
     (["generate", "--http-port", "0"], 2, "'0'"), (["serve", "--health", "/exchange"], 2, "health"),
     (["serve", "--health", "/"], 2, "health"), (["serve", "--host", ""], 2, "empty"), (["serve", "--user="], 2, "empty"),
     (["generate", "systemd", "--http-port", "443"], 2, "a loop"), (["generate", "--steps", "--write", "."], 2, "none of these"),
@@ -684,6 +688,104 @@ def test_a_million_bytes_without_a_line_end(start, status):
             answer = read_all(sock)
             sender.join(10)
         assert is_whole(answer, status) and max(kept) <= owahttps.MAX_HEAD + 8192
+
+
+@pytest.mark.parametrize("after", (2, 999, 1 << 20))
+def test_a_last_request_that_fills_the_receive_buffer(after):
+    """What the client sends on behind it must never reset the answer, though none of it was seen yet."""
+    head = ONCE[:-2] + b"X: " + b"x" * (RedirectHandler.receive_at_once - len(ONCE) - 5) + b"\r\n\r\n"
+    assert len(head) == RedirectHandler.receive_at_once
+    with listening() as server:
+        for _ in range(3):
+            assert is_whole(fetch_all(server, head + b"x" * after))
+
+
+def test_a_body_has_an_end():
+    """A client that sends for ever must be cut off, however fast it is."""
+    class Short(RedirectHandler):
+        drain_at_most = 50
+    with listening(Short) as server, contextlib.closing(connect(
+            server, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n")) as sock:
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 1 << 26:
+                sent += sock.send(b"x" * 65536)
+        assert sent < 1 << 26 and wait_until(lambda: not server._connections)
+
+
+def test_pipelined_answers_do_not_wait_for_the_clients_acknowledgement():
+    """Nagle's algorithm against delayed acknowledgement: 40 ms for each batch of answers after the second."""
+    with listening() as server, contextlib.closing(connect(server)) as sock:
+        for _ in range(20):
+            pipelined(sock, 1)      # an acknowledgement is delayed once a conversation has begun
+        assert min(pipelined(sock, 100) for _ in range(5)) < 0.03
+
+
+def pipelined(sock, count):
+    """Seconds until so many pipelined requests are answered."""
+    start, data = time.monotonic(), b""
+    sock.sendall(KEEP % 1 * count)
+    while len(statuses(data)) < count:
+        data += sock.recv(65536)
+    return time.monotonic() - start
+
+
+def test_unfinished_heads_have_a_budget():
+    """Heads that are never finished must never take more memory than all together may; the oldest pay, no normal client."""
+    with listening() as server:
+        server.max_bytes = 200000
+        crowd = [connect(server, b"GET / HTTP/1.1\r\nX: " + b"x" * 30000) for _ in range(40)]
+        assert wait_until(lambda: 0 < sum(len(handler.buffer) for handler in list(server._connections)) <= 200000
+                          and len(server.error_log) >= 34)
+        assert is_whole(fetch_all(server)) and read_all(crowd[0]) == b"" and not select.select(crowd[-1:], [], [], 0)[0]
+        for sock in crowd:
+            sock.close()
+
+
+def test_a_process_that_was_held_up_drops_nobody():
+    """What came while the process was stopped (a laptop's lid, a debugger) must be answered, however late it is."""
+    with listening(Quick) as server, contextlib.closing(connect(server, KEEP % 1)) as sock:
+        assert sock.recv(9999).startswith(b"HTTP/1.1 302")
+        select_, held_up = server._selector.select, threading.Event()
+
+        def select(timeout):
+            if held_up.is_set():
+                return select_(timeout)
+            held_up.set()
+            sock.sendall(ONCE)
+            time.sleep(2 * Quick.idle_seconds)      # is interrupted, and sees nothing
+            return []
+        server._selector.select = select
+        assert is_whole(read_all(sock))
+
+
+def test_rules_that_look_alike_share_no_answers():
+    """A rule of the caller's own must never be answered for by another server's equal one."""
+    class Portal(RedirectRule):
+        def location(self, name, target):
+            return "https://portal.example/"
+    answers = []
+    for rule in (RedirectRule(), Portal()):
+        with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as (_, port):
+            answers.append(b"portal.example" in ask(port, get()))
+    assert answers == [False, True]
+
+
+@linux
+@pytest.mark.parametrize("other", ("link", "fifo"))
+def test_a_token_that_is_swapped(other, tmp_path):
+    """A token file that becomes a link or a FIFO between two looks must never be followed, nor hold up the server."""
+    if other == "link":
+        os.symlink("/etc/passwd", str(tmp_path / "token"))
+    else:
+        os.mkfifo(str(tmp_path / "token"))
+    real, regular = os.lstat, os.stat(SCRIPT)
+    try:
+        os.lstat = lambda path: regular
+        assert owahttps.read_token(str(tmp_path), "token") is None
+    finally:
+        os.lstat = real
+    assert owahttps.read_token(str(tmp_path), "token") is None
 
 
 def test_a_body_that_never_comes():
@@ -1280,7 +1382,7 @@ EXCHANGES = [(name, method) for name, (_, marks) in owahttps.EXCHANGE.items() fo
 @pytest.mark.parametrize("name, method", EXCHANGES)
 def test_exchange_recipes(name, method):
     """Every part is there, filled in, in ASCII; what must never be printed for a version is not."""
-    parts = {part.name: part.text for part in owahttps.exchange_recipe(name, RedirectRule(path="/owa", host="mail.example.com"), 80, method or "redirect", 3)}
+    parts = {part.name: part.text for part in owahttps.exchange_recipe(name, RedirectRule(path="/owa", host="mail.example.com"), 80, method, 3)}
     assert {"about", "steps", "script", "undo", "verify"} <= set(parts) and ("asp" in parts) == (not method)
     text = "".join(parts.values())
     assert "https://mail.example.com/owa" in text and not re.search(r"(?<!%)\{[a-z_]+\}", text)
@@ -1370,6 +1472,7 @@ CERTIFICATES = {
     "old": ("authority", OURS, -12000, 99, "leaf"), "expired": ("authority", OURS, -99, -9, "leaf"),
     "future": ("authority", OURS, 9, 99, "leaf"), "wrong": ("authority", OTHER, -99, 99, "leaf"),
     "no-ip": ("authority", "DNS:localhost", -99, 99, "leaf"), "expired-wrong": ("authority", OTHER, -99, -9, "leaf"),
+    "localhost": ("authority", OTHER, -99, 99, "leaf"),     # each has its own name as CN, which browsers do not read
     "for-clients": ("authority", OURS, -99, 99, "client"), "stranger": ("other-authority", OURS, -99, 99, "leaf"),
     "old-stranger": ("other-authority", OURS, -12000, 99, "leaf"), "orphan": ("middle", OURS, -99, 99, "leaf"),
     "expired-stranger": ("other-authority", OURS, -99, -9, "leaf"), "expired-middle": ("gone", OURS, -99, 99, "leaf"),
@@ -1579,6 +1682,15 @@ SITE_CASES = [
          b'preload; MAX-AGE = "31536000"')),
     Case("HSTS without max-age", ALL_GOOD + " response.no_header", 1, secure=HOME.replace(b"max-age", b"x")),
     Case("HSTS in clear", ALL_GOOD + " redirects.http.useless_header", 1, to(S + "/", YEAR)),
+    Case("a Secure with a value", ALL_GOOD, 0, secure=says("200 OK", YEAR, "Set-Cookie: a=b; Path=/; Secure=true")),
+    Case("a cookie that is deleted", ALL_GOOD, 0, to(S + "/", "Set-Cookie: a=; Max-Age=0"),
+         says("200 OK", YEAR, "Set-Cookie: a=", "Set-Cookie: ")),
+    Case("two Locations", INVALID, 2, to(S + "/", "Location: http://evil.invalid/")),
+    Case("two Locations, equal", ALL_GOOD, 0, to(S + "/", "Location: " + S + "/")),
+    Case("HTTPS that is broken", ALL_GOOD + " https-error", 1, secure=says("500 Internal Server Error", YEAR)),
+    Case("only https, which leads to plain HTTP", "http-no-answer redirects.insecure.subsequent", 2, None, to(P + "/", YEAR),
+         options="--https-port SECURE"),
+    Case("only https, for ever", "redirects.too_many.loop", 2, None, to(S + "PATH", YEAR), options="--https-port SECURE"),
     Case("a cookie in clear", ALL_GOOD + " cookie-over-http", 1, to(S + "/", "Set-Cookie: a=b; Secure")),
     Case("a cookie without Secure", ALL_GOOD + " cookie-without-secure", 1,
          secure=says("200 OK", YEAR, "Set-Cookie: a=b; SECURE", "Set-Cookie: secure=1; HttpOnly")),
@@ -1588,6 +1700,7 @@ SITE_CASES = [
     Case("expired", CERT + "expired " + ALL_GOOD, 2, certificate="expired"),
     Case("not yet valid", CERT + "not-yet-valid " + ALL_GOOD, 2, certificate="future"),
     Case("another name", CERT + "name " + ALL_GOOD, 2, certificate="wrong"),
+    Case("the name in CN alone", CERT + "name " + ALL_GOOD, 2, certificate="localhost"),
     Case("the name, but asked for by address", CERT + "name " + ALL_GOOD, 2, to("https://127.0.0.1:SECURE/"),
          certificate="no-ip", target="127.0.0.1:PLAIN"),
     Case("expired and another name", CERT + "expired " + CERT + "name " + ALL_GOOD, 2, certificate="expired-wrong"),
@@ -1667,6 +1780,20 @@ def test_finds(case: Case, certificates: Any, capsys: Any) -> None:
         assert (ids(report), code) == (" ".join(sorted(case.expected.split())), case.code), report
 
 
+
+
+@pytest.mark.parametrize("field, age", [
+    ("max-age=31536000", 31536000), ("Max-Age=0", 0), (' max-age = "5" ; ; includeSubDomains;;preload ', 5), (";max-age=1", 1),
+    ("max-age=" + "0" * 30 + "7", 7), ('max-age=1; x="a;max-age=2"', 1), ("max-age=1; includeSubDomains", 1),
+    ("", None), ("max-age", None), ("max-age=", None), ("max-age=-1", None), ("max-age=1.5", None), ("max-age=1abc", None),
+    ("max-age=1 includeSubDomains", None), ("max-age=1,max-age=1", None), ("max-age=1; max-age=0", None), ('max-age="1', None),
+    ('x="; max-age=1"', None), ("includeSubDomains; includesubdomains; max-age=1", None), ("max-age=1; includeSubDomains=x", None),
+    ("max-age=1" + " " * 60000, 1), ("max-age=1;" + " " * 60000 + '"', None), ("a" + " " * 60000 + '"', None),
+    ("a;" * 30000 + '"', None), ('a="' + "\\" * 60000, None)], ids=lambda value: str(value)[:40])
+def test_max_age(field, age):
+    """As browsers read it: one fault and there is none; no field of 64 KB may take long."""
+    start = time.monotonic()
+    assert owahttps.max_age(field) == age and time.monotonic() - start < 1
 
 
 # ---- Hostile servers -------------------------------------------------------------------------------------------------
@@ -1752,9 +1879,13 @@ def test_hostile_server(case: Case, certificates: Any, capsys: Any) -> None:
             assert err == "" and re.fullmatch(r"[ -~\n]+", out)
 
 
+def test_an_empty_port_is_none():
+    assert owahttps.parse_url("http://a:/x") == owahttps.parse_url("http://a/x")
+
+
 @needs_openssl
 @pytest.mark.parametrize("location, reflects", [
-    ("https://HOST/", True), ("https://localhost/?from=HOST", True), ("https://localhost/", False)])
+    ("https://HOST/", True), ("https://X@FORGED.invalid/", True), ("https://localhost/?from=HOST", True), ("https://localhost/", False)])
 def test_forged_host(location: str, reflects: bool, certificates: Any, capsys: Any) -> None:
     """A Host that is no host must not come back in Location without a word: caches would keep it for everybody."""
     def script(sock: socket.socket, over: threading.Event) -> None:
@@ -1941,6 +2072,17 @@ def test_selftest_passes_in_time():
     code, out, err = run("selftest")
     assert (code, err) == (0, "") and time.monotonic() - start < 5
     assert out.splitlines()[-1] == "%d checks, 0 failed" % out.count("ok   ") and "\033" not in out
+
+
+@pytest.mark.parametrize("fields", [
+    dict(allow_hosts=("mail.test",)), dict(allow_hosts=("mail.example.com",)), dict(host="mail.test", allow_hosts=("other.test",)),
+    dict(host="mail.test", keep_path=True, status=308, https_port=8443)], ids=str)
+def test_selftest_against_any_rule(fields):
+    """What the cases expect follows from the rule that is named, whatever it is."""
+    rule = RedirectRule(**fields)
+    with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
+        assert [(what, expected, got) for what, expected, got in owahttps.try_cases(address, rule)
+                if got not in expected.split("|")] == []
 
 
 def test_the_embedded_certificate_stays_on_loopback():
@@ -2199,6 +2341,13 @@ def test_output_that_cannot_be_written():
 
 
 @linux
+@pytest.mark.parametrize("argv, code", [(["check", "a..b"], 3), (["serve", "--status", "999"], 2), (["serve", "--bogus"], 2)])
+def test_exit_codes_with_a_full_disk(argv, code):
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([sys.executable, SCRIPT] + argv, stderr=full).returncode == code
+
+
+@linux
 @pytest.mark.parametrize("argv, code", [(["check", "nowhere.invalid"], 3), (["check", "a b"], 3), (["generate", "nope"], 2), (["generate", "--asp"], 0)])
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
 def test_exit_codes_with_closed_files(argv, code, closed):
@@ -2349,6 +2498,25 @@ def test_curl_follows_to_the_stub():
         assert done.returncode == 0 and b"HTTP/1.1 400 Bad Request" in done.stdout
     with demo("--before") as url:
         assert b"HTTP 403.4 - Forbidden: SSL required" in subprocess.run(["curl", "-4si", url], stdout=subprocess.PIPE).stdout
+
+
+def test_the_demo_tells_what_happened():
+    """Its page must never tell of a redirect that was none, nor of another address than the one that was asked for."""
+    trust = ssl.create_default_context(cadata=owahttps.STUB_CERTIFICATE)
+
+    def page(url):
+        url = owahttps.parse_url(url)
+        return owahttps.fetch(url, (url.name, url.port), trust if url.scheme == "https" else None, "%s:%d" % (url.name, url.port), 5)
+    with demo() as url:
+        url = url.replace("localhost", "127.0.0.1")
+        secure = page(url + "mail?x").location
+        told = page(secure).body
+        assert "You typed" in told and url + "mail?x<" in told and "Location: " + secure + "<" in told
+        told = page(secure).body
+        assert "You typed" not in told and "302" not in told and "straight" in told
+    with demo("--before") as url:
+        secure = re.findall("<code>(https://localhost:[0-9]+/exchange)<", page(url.replace("localhost", "127.0.0.1")).body)[0]
+        assert "302" not in page(secure.replace("localhost", "127.0.0.1")).body
 
 
 @pytest.mark.parametrize("argv, shows", [
