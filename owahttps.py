@@ -37,6 +37,7 @@ from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
 from itertools import islice
+from operator import methodcaller
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
 from urllib.parse import urljoin
@@ -420,16 +421,11 @@ def _error_line(client: str, text: str) -> str:
     return "[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], client, text)
 
 
-# What a handler waits for beside selectors.EVENT_READ and EVENT_WRITE: to be resumed after the others of its batch.
-# First all receive, then all answer, then all send: in turns with system calls, answer() takes twice the time.
-GO_ON = 4
-
-
 class RedirectHandler(BaseHTTPRequestHandler):
     """Redirects every request of one connection, by the server's `rule`.
 
     On a blocking socket, as the stock ThreadingHTTPServer has it, handle() serves the connection to its end.  On the
-    non-blocking ones of a RedirectServer it goes as far as the bytes go; handle_one_request() is called for more.
+    non-blocking ones of a RedirectServer, that calls receive(), reply() and send() by turns, as far as the bytes go.
     The server's `access_log` and `error_log`, where it has them, get lines by write(str).
     """
     rule = RedirectRule()       # for a server that has none
@@ -448,9 +444,12 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.last = getattr(self.server, "stopping", False)     # whether no request may follow the next one
         self.client = self.address_string()
         self.buffer = self.outgoing = b""
-        self.close_connection = self.unread = self.idle = False
+        self.searched = 0           # how much of the buffer holds no whole head
+        self.close_connection = self.unread = self.idle = self.draining = False
+        self.drained = 0
+        self.waits_for = selectors.EVENT_READ       # or EVENT_WRITE; 0 when it is done, and the socket may be closed
+        self.registered = 0         # for which of them the selector knows it
         self.deadline = time.monotonic() + self.head_seconds
-        self._steps, self.waits_for, self.events = self._serve(), GO_ON, 0  # of which the selector knows these events
 
     def finish(self) -> None:
         """Leave the socket to the server, which closes it when the handler `waits_for` nothing more."""
@@ -461,61 +460,41 @@ class RedirectHandler(BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
-        """One step as far as the bytes go: receive, answer or send; waits_for is 0 after the last one."""
-        self.waits_for = next(self._steps, 0)
+        self.receive()
+        self.reply()
+        self.send()
 
-    def _serve(self) -> Iterator[int]:
-        """The connection from its first byte to its last, in steps; yields what it waits for before the next."""
-        received = 0
-        while not self.close_connection:
-            try:
-                data = self.request.recv(self.receive_at_once)
-            except BlockingIOError:
-                yield selectors.EVENT_READ
-                continue
-            except OSError:
-                data = b""
-            if not data:            # the client is gone, or too slow for a blocking socket
-                return
-            received, more = len(data), True
-            while more:
-                yield GO_ON
-                more = self._answer(data)
-                data = b""
-                yield GO_ON
-                while self.outgoing:
-                    try:
-                        self.outgoing = self.outgoing[self.request.send(self.outgoing):]
-                    except BlockingIOError:
-                        yield selectors.EVENT_WRITE
-                    except OSError:
-                        return
-                if more:
-                    yield selectors.EVENT_WRITE
-            if not self.close_connection:
-                yield selectors.EVENT_READ
-        if self.unread or self.buffer or received == self.receive_at_once:      # else the answer would be reset
-            self.buffer, self.deadline = b"", time.monotonic() + self.drain_seconds
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_WR)
-                for _ in range(self.drain_at_most):
-                    yield selectors.EVENT_READ
-                    with contextlib.suppress(BlockingIOError):
-                        if not self.request.recv(self.receive_at_once):
-                            return
+    def receive(self) -> None:
+        """Take what the client has sent; one that is gone, or too slow for a blocking socket, gets no more."""
+        if self.waits_for != selectors.EVENT_READ:
+            return
+        try:
+            data = self.request.recv(self.receive_at_once)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.unread = len(data) == self.receive_at_once     # there may be more
+        if not data or self.drained == self.drain_at_most:
+            self.waits_for = 0
+        elif self.draining:
+            self.drained += 1
+        else:
+            self.buffer += data
 
-    def _answer(self, data: bytes) -> bool:
-        """Answer what is whole with this data, into `outgoing`; whether there may be more of it."""
-        buffer = self.buffer + data
-        start = max(0, len(self.buffer) - 3) if data and self.buffer else 0
+    def reply(self) -> None:
+        """Answer what is whole in the buffer, into `outgoing`."""
+        if self.outgoing or self.searched == len(self.buffer):
+            return
         answers: List[bytes] = []
-        while not self.close_connection and len(answers) < self.answers_at_once:
-            end = buffer.find(b"\r\n\r\n", start) + 4
+        while self.buffer and not self.close_connection and len(answers) < self.answers_at_once:
+            end = self.buffer.find(b"\r\n\r\n", max(0, self.searched - 3)) + 4
             if end < 4:
-                if not is_hopeless(buffer, len(data) or len(buffer)):
+                if not is_hopeless(self.buffer, len(self.buffer) - self.searched):
+                    self.searched = len(self.buffer)
                     break
-                end = len(buffer)
-            head, buffer, start = buffer[:end], buffer[end:], 0
+                end = len(self.buffer)
+            head, self.buffer, self.searched = self.buffer[:end], self.buffer[end:], 0
             result = (self.answer if end < MAX_KEPT else answer)(head, self.rule)
             if result.token:
                 result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
@@ -528,12 +507,37 @@ class RedirectHandler(BaseHTTPRequestHandler):
                     self.access_log.write("%s - - [%s] %s\n" % (self.client, log_date, result.log))
             if result.refusal:
                 self.log_error("refused: %s", result.refusal)
-            self.close_connection, self.unread = result.close or self.last, result.unread or self.last
-        self.buffer, self.outgoing = buffer, b"".join(answers)
+            self.close_connection = result.close or self.last
+            self.unread |= result.unread or self.last
+        self.outgoing = b"".join(answers)
         if answers or self.idle:
-            self.idle = not buffer
+            self.idle = not self.buffer
             self.deadline = time.monotonic() + (self.idle_seconds if self.idle else self.head_seconds)
-        return len(answers) == self.answers_at_once and not self.close_connection
+
+    def send(self) -> None:
+        """Send what there is to send; then it is another client's turn, or this one's next request, or the end."""
+        try:
+            while self.outgoing:
+                self.outgoing = self.outgoing[self.request.send(self.outgoing):]
+        except BlockingIOError:
+            self.waits_for = selectors.EVENT_WRITE
+        except OSError:
+            self.waits_for = 0
+        else:
+            if self.close_connection and not self.draining:
+                self._drain()
+            elif self.waits_for:
+                more = self.searched < len(self.buffer)
+                self.waits_for = selectors.EVENT_WRITE if more else selectors.EVENT_READ
+
+    def _drain(self) -> None:
+        """The last answer is sent; where the client may still send, to close at once would reset that answer."""
+        self.draining, self.waits_for = True, 0
+        if self.unread or self.buffer:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_WR)
+                self.buffer, self.searched, self.waits_for = b"", 0, selectors.EVENT_READ
+                self.deadline = time.monotonic() + self.drain_seconds
 
     def address_string(self) -> str:
         host = str(self.client_address[0])
@@ -601,7 +605,7 @@ class RedirectServer(_HTTPServer):
         self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
         # Who waits longest comes first; with the deadline that was set when the wait began.
         self._connections: OrderedDict[RedirectHandler, float] = OrderedDict()
-        self._ready: List[RedirectHandler] = []     # who goes on in this turn
+        self._new: List[RedirectHandler] = []       # who was accepted in this turn
         self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         # It is pure, and monitors, load balancers and benchmarks send one head again and again.
@@ -636,7 +640,6 @@ class RedirectServer(_HTTPServer):
         all(self._accept() for _ in range(self.request_queue_size // self.at_once))
         self._selector.unregister(self.socket)
         self.socket.close()
-        self._go_on()
         for handler in self._connections:
             handler.last = True
         start = now = time.monotonic()
@@ -653,10 +656,9 @@ class RedirectServer(_HTTPServer):
         events = self._selector.select(max(0, min(timeout, self._next_sweep - now)))
         for start in range(0, len(events), self.at_once):
             # The listening socket has no handler; it is asked every time, as who is new does not wait for a slow crowd.
-            self._ready = [key.data for key, _ in events[start:start + self.at_once] if key.data]
+            self._serve([key.data for key, _ in events[start:start + self.at_once] if key.data])
             if not self.stopping:
                 self._accept()
-            self._go_on()
         if now >= self._next_sweep:
             overdue = list(islice(self._overdue(now), 64))
             self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
@@ -674,37 +676,24 @@ class RedirectServer(_HTTPServer):
             if handler.deadline < now or (size and held > self.max_bytes):
                 yield handler
 
-    def _go_on(self) -> None:
-        """Let all who are ready go on, one step each at a time."""
-        while self._ready:
-            ready, self._ready = self._ready, []
-            for handler in ready:
-                if handler.waits_for:       # else it was dropped in this turn
-                    try:
-                        handler.handle_one_request()
-                        self._settle(handler)
-                    except Exception:
-                        self.handle_error(handler.request, handler.client_address)
-                        self._drop(handler)
-
     def _accept(self) -> bool:
-        """Take a few clients; whether there may be more."""
+        """Take a few clients and serve them; whether there may be more."""
+        self._new, more = [], True
         for _ in range(self.at_once):
             try:
                 request, client_address = self.get_request()
             except BlockingIOError:
-                return False
+                more = False
+                break
             except OSError as error:
                 if error.errno not in OUT_OF_RESOURCES:
                     continue                # that client is gone already
-                if self._ready:
-                    self._go_on()
-                elif self._connections:
+                if not self._new and self._connections:
                     self._drop(next(iter(self._connections)))
-                else:
+                elif not self._new:
                     time.sleep(0.1)         # nobody else waits, and a turn without rest would spin
-                    return False
-                return True
+                    more = False
+                break
             try:
                 if self.verify_request(request, client_address):
                     self.process_request(request, client_address)
@@ -713,42 +702,45 @@ class RedirectServer(_HTTPServer):
             except Exception:
                 self.handle_error(request, client_address)
                 self.close_request(request)
-        return True
+        self._serve(self._new)
+        return more
 
     def process_request(self, request: Any, client_address: Any) -> None:
         request.setblocking(False)
-        self._ready.append(self.RequestHandlerClass(request, client_address, self))     # type: ignore
+        self._new.append(self.RequestHandlerClass(request, client_address, self))       # type: ignore
+
+    def _serve(self, handlers: List[RedirectHandler]) -> None:
+        """Receive for all, then answer, then send: in turns with system calls, answer() would take twice the time."""
+        for step in (methodcaller("receive"), methodcaller("reply"), methodcaller("send"), self._settle):
+            for handler in handlers:
+                if handler.waits_for:
+                    try:
+                        step(handler)
+                    except Exception:
+                        self.handle_error(handler.request, handler.client_address)
+                        handler.waits_for = 0
+        for handler in handlers:
+            if not handler.waits_for:
+                self._drop(handler)
 
     def _settle(self, handler: RedirectHandler) -> None:
-        """See to it that the selector waits for what this handler waits for."""
-        if handler.waits_for == GO_ON:
-            self._ready.append(handler)
-            return
-        if not handler.waits_for:
-            self._drop(handler)
-            return
-        if handler.events != handler.waits_for:
-            if handler.events:
-                self._selector.modify(handler.request, handler.waits_for, handler)
-            else:
-                if len(self._connections) >= self.max_connections:
-                    idle = next((other for other in self._connections if other.waits_for != GO_ON), handler)
-                    self._drop(idle)
-                    if idle is handler:
-                        return
-                self._selector.register(handler.request, handler.waits_for, handler)
-            handler.events = handler.waits_for
+        """Have the selector wait for what this handler waits for; beyond the cap, who has waited longest makes room."""
+        if not handler.registered:
+            self._selector.register(handler.request, handler.waits_for, handler)
+        elif handler.registered != handler.waits_for:
+            self._selector.modify(handler.request, handler.waits_for, handler)
+        handler.registered = handler.waits_for
         if self._connections.get(handler) != handler.deadline:
             self._connections[handler] = handler.deadline
             self._connections.move_to_end(handler)
+        if len(self._connections) > self.max_connections:
+            self._drop(next(iter(self._connections)))
 
     def _drop(self, handler: RedirectHandler) -> None:
-        if handler.events:
-            del self._connections[handler]
+        if self._connections.pop(handler, None):
             with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
                 self._selector.unregister(handler.request)
-        handler.events = handler.waits_for = 0
-        handler._steps = iter(())       # those refer to it: a cycle would wait for the garbage collector
+        handler.waits_for = 0
         self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002

@@ -580,14 +580,14 @@ def test_a_request_under_way_makes_no_room():
             assert read_all(idle) == b""
             busy.sendall((KEEP % 4)[3:])
             assert busy.recv(9999).startswith(b"HTTP/1.1 302")
-        newcomers, accept = [], server._accept
+        newcomers, serve = [], server._serve
         assert wait_until(lambda: len(server._connections) == 1)
 
-        def together():
-            if server._ready and not newcomers:     # a request and newcomers in one turn
+        def together(handlers):
+            if handlers and not newcomers:      # a request and newcomers in one turn
                 newcomers.extend(connect(server) for _ in range(3))
-            return accept()
-        server._accept = together
+            serve(handlers)
+        server._serve = together
         busy.sendall(KEEP % 5)
         assert busy.recv(9999).startswith(b"HTTP/1.1 302") and newcomers
         for sock in [busy, idle] + newcomers:
@@ -678,8 +678,8 @@ def test_a_million_bytes_without_a_line_end(start, status):
     kept = []
 
     class Watched(RedirectHandler):
-        def handle_one_request(self):
-            super().handle_one_request()
+        def receive(self):
+            super().receive()
             kept.append(len(self.buffer))
     with listening(Watched) as server:
         with contextlib.closing(connect(server)) as sock:
@@ -826,8 +826,8 @@ def test_a_client_that_never_reads():
     piles = []
 
     class Watched(Quick):
-        def handle_one_request(self):
-            super().handle_one_request()
+        def reply(self):
+            super().reply()
             piles.append(len(self.outgoing))
     with listening(Watched) as server:
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -1000,7 +1000,7 @@ def test_no_byte_of_the_network_forges_a_log_line(bytes_):
 
 # ---- Faults ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ("setup", "handle", "handle_one_request", "address_string"))
+@pytest.mark.parametrize("where", ("setup", "handle", "receive", "reply", "send", "address_string"))
 def test_an_exception_in_the_handler_costs_one_connection_and_one_line(where):
     """A bug in a subclass must never end the server, nor hold its connection, nor put raw bytes into the log."""
     class Broken(RedirectHandler):
@@ -1050,8 +1050,8 @@ def test_a_stop_without_file_descriptors_does_not_wait():
 def test_a_handler_that_closes_its_own_socket():
     """A socket that is closed behind the server's back must never end the server."""
     class Closing(RedirectHandler):
-        def handle_one_request(self):
-            super().handle_one_request()
+        def send(self):
+            super().send()
             if b"away" in self.buffer:
                 self.request.close()
                 self.waits_for = selectors.EVENT_WRITE
@@ -2236,7 +2236,7 @@ def test_the_readmes_commands_and_options_exist():
     assert commands == {"serve", "generate", "check", "selftest", "demo"}
     every = {command: set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", help_of(command))) for command in commands}
     everywhere = set().union(*every.values())
-    others = {"--against", "--cacert", "--version"}
+    others = {"--against", "--cacert", "--version", "--now"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - others <= everywhere
     assert everywhere - {"--help"} <= set(re.findall(r"--[a-z][a-z0-9-]+", text))
     for line in re.findall(r"(?m)^\$ .*owahttps\.py (.*?)(?: *#.*| &| >.*)?$", text):
