@@ -339,25 +339,23 @@ class Log:
 
     write(line) takes a str that ends in a newline; tell(text) hears of faults.
     """
-    WAITING = 5000      # lines, of some 3 KB at the most
+    WAITING = 5000      # lines, of some 3 KB at the most; beyond, the oldest are lost
     AT_ONCE = 16        # lines that are written in one go,
     SECONDS = 0.001     # or as many as gather in this time
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
-        self.lines: Deque[str] = deque()
-        self.refused = self.failed = self.told = 0      # lines that nobody will see
+        self.lines: Deque[str] = deque(maxlen=self.WAITING)
+        self.taken = self.written = self.told = 0       # lines; each number is counted by one thread alone
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def write(self, line: str) -> None:
-        if len(self.lines) < self.WAITING:
-            self.lines.append(line)
-            if not self._more.is_set():     # asked after the append: the thread clears it before it looks
-                self._more.set()
-        else:
-            self.refused += 1
+        self.lines.append(line)
+        self.taken += 1
+        if not self._more.is_set():     # asked after the append: the thread clears it before it looks
+            self._more.set()
 
     def _run(self) -> None:
         faulty = False
@@ -367,24 +365,23 @@ class Log:
             if len(self.lines) < self.AT_ONCE:
                 self._closing.wait(self.SECONDS)
             self._more.clear()
-            lines = [self.lines[number] for number in range(min(len(self.lines), self.AT_ONCE))]
-            data = ("\n" * faulty + "".join(lines)).encode("ascii", "backslashreplace")     # ends a line that was torn
+            lines = [self.lines.popleft() for _ in range(min(len(self.lines), self.AT_ONCE))]
+            text = ("\n" if faulty else "") + "".join(lines)        # ends a line that was torn
+            data = text.encode("ascii", "backslashreplace")
             try:
                 while data:
                     data = data[os.write(self.fd, data):]
+                self.written += len(lines)
                 faulty = False
-                self._tell_lost()
+                self._tell_lost(self.taken - len(self.lines))
             except OSError as error:
-                self.failed += len(lines)
                 if not faulty:
                     self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
                 faulty = True
-            for _ in lines:
-                self.lines.popleft()
 
-    def _tell_lost(self) -> None:
-        lost = self.refused + self.failed - self.told
-        if lost:
+    def _tell_lost(self, settled: int) -> None:
+        lost = settled - self.written - self.told
+        if lost > 0:
             self.told += lost
             self.tell("%d lines of the log were lost" % lost)
 
@@ -393,8 +390,7 @@ class Log:
         self._closing.set()
         self._more.set()
         self._thread.join(0.5)
-        self.failed += len(self.lines)
-        self._tell_lost()
+        self._tell_lost(self.taken)
 
 
 @lru_cache(maxsize=2)
