@@ -102,6 +102,14 @@ def server_name(authority: str) -> str:
     return name
 
 
+def _name_alone(text: str) -> str:
+    """A server name that has no port beside it."""
+    name = server_name(text)
+    if ":" in text.rpartition("]")[2]:
+        raise HostError("%a has a port: a rule's host is a name alone, see --https-port" % text)
+    return name
+
+
 class _RuleFields(NamedTuple):
     path: str = "/exchange"
     host: str = ""
@@ -129,11 +137,10 @@ class RedirectRule(_RuleFields):
 
     def __new__(cls, *args: Any, **fields: Any) -> "RedirectRule":
         rule = super().__new__(cls, *args, **fields)
-        given = (rule.host,) * bool(rule.host) + tuple(rule.allow_hosts)
-        names = [server_name(name) for name in given]
-        for name in given:
-            if ":" in name.rpartition("]")[2]:
-                raise HostError("%a has a port: a rule's host is a name alone, see --https-port" % name)
+        host = _name_alone(rule.host) if rule.host else ""
+        allowed = [_name_alone(name) for name in rule.allow_hosts]
+        if host and allowed:
+            allowed.insert(0, host)
         for path in (rule.path, rule.health or "/"):
             if not _PATH.fullmatch(path):
                 raise RuleError("path %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /" % path)
@@ -143,8 +150,7 @@ class RedirectRule(_RuleFields):
             raise RuleError("https port %d is not in 1-65535" % rule.https_port)
         if rule.status not in (301, 302, 307, 308):
             raise RuleError("status %d is not one of 301, 302, 307, 308" % rule.status)
-        return super().__new__(cls, **dict(rule._asdict(), host=names[0] if rule.host else "",
-                                           allow_hosts=tuple(dict.fromkeys(names)) * bool(rule.allow_hosts)))
+        return super().__new__(cls, **dict(rule._asdict(), host=host, allow_hosts=tuple(dict.fromkeys(allowed))))
 
     @classmethod
     def _make(cls, fields: Iterable[Any]) -> "RedirectRule":    # type: ignore  # _replace() goes through it
@@ -259,7 +265,8 @@ def _decide(method: str, target: str, minor: str, fields: Fields, rule: Redirect
     if target == "*":
         return 204, "", "", ""
     if rule.acme_dir and path.startswith(ACME_PREFIX):
-        token = "".join(re.findall(r"\A[A-Za-z0-9_-]+\Z", path[len(ACME_PREFIX):]))
+        token = path[len(ACME_PREFIX):]
+        token = token if re.fullmatch("[A-Za-z0-9_-]+", token) else ""
         return (404, "", "", token) if token_file is None else (200, "", token_file.decode("latin-1"), token)
     if rule.health and path == rule.health:
         return 200, "", "OK\n", ""
@@ -319,7 +326,7 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
     log = '"%s" %d %d "%s" "%s"' % (
         _log_escape(line), status, len(body),
         _log_escape(fields.get("referer", "-")), _log_escape(fields.get("user-agent", "-")))
-    start = "" if refusal.startswith("TLS") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
+    start = "" if text.startswith("\x16") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
     return Answer(start.encode(), (rest + "\r\n" + body).encode("latin-1"), close, unread, log, refusal, token)
 
 
@@ -496,9 +503,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
             date, log_date = _dates(int(time.time()))
             if result.start:
-                if self.last and not result.close:
-                    date += b"\r\nConnection: close"
-                answers.append(result.start + date + result.rest)
+                also = b"\r\nConnection: close" if self.last and not result.close else b""
+                answers.append(result.start + date + also + result.rest)
                 if self.access_log is not None:
                     self.access_log.write("%s - - [%s] %s\n" % (self.client, log_date, result.log))
             if result.refusal:
@@ -764,9 +770,10 @@ def _refuse(who: str, *reasons: Tuple[Any, str]) -> None:
 
 def _fill(template: str, marks: Iterable[str], values: Fields) -> str:
     """A template filled in; its line "+MARK|text" is for a recipe with this mark, "-MARK|text" for one without."""
-    return re.sub(r"(?m)^([+-])([\w.]+)\|(.*\n)",
-                  lambda line: line.group(3) * ((line.group(2) in marks) == (line.group(1) == "+")),
-                  template).format(**values)
+    def line(match: "re.Match[str]") -> str:
+        sign, mark, text = match.groups()
+        return text if (sign == "+") == (mark in marks) else ""
+    return re.sub(r"(?m)^([+-])([\w.]+)\|(.*\n)", line, template).format(**values)
 
 
 ASP_PAGE = """\
@@ -797,16 +804,23 @@ def options(rule: RedirectRule) -> str:
     """The rule as command line options, each with a space before it."""
     words = ""
     for field, value, default in zip(rule._fields, rule, RedirectRule()):
-        for one in () if value == default else value if isinstance(value, tuple) else (value,):
-            words += " --" + field.replace("hosts", "host").replace("_", "-") + ("" if one is True else " %s" % one)
+        option = " --" + field.replace("hosts", "host").replace("_", "-")
+        if value is True:
+            words += option
+        elif value != default:
+            words += "".join("%s %s" % (option, one) for one in (value if isinstance(value, tuple) else [value]))
     return words
 
 
-# Exchange: its IIS, and the marks of its templates' lines; its name and the method are marks too.
-EXCHANGE = {"exchange2000": ("5.0", "article"), "exchange2003": ("6.0", "article iis6"),
-            "exchange2007": ("7.0", "until2013"), "exchange2010": ("7.5", "until2013"),
-            "exchange2013": ("8.0 or 8.5", "until2013"), "exchange2016": ("8.5 or 10", "since2016"),
-            "exchange2019": ("10", "since2016"), "exchange-se": ("10", "since2016")}
+# Exchange: what it is, and the marks of its templates' lines; its name and the method are marks too.
+EXCHANGE = {"exchange2000": ("Exchange 2000 on IIS 5.0: Microsoft's article Q279681", "article"),
+            "exchange2003": ("Exchange 2003 on IIS 6.0", "article iis6"),
+            "exchange2007": ("Exchange 2007 on IIS 7.0", "until2013"),
+            "exchange2010": ("Exchange 2010 on IIS 7.5", "until2013"),
+            "exchange2013": ("Exchange 2013 on IIS 8.0 or 8.5", "until2013"),
+            "exchange2016": ("Exchange 2016 on IIS 8.5 or 10", "since2016"),
+            "exchange2019": ("Exchange 2019 on IIS 10", "since2016"),
+            "exchange-se": ("Exchange SE on IIS 10", "since2016")}
 ABOUT = """\
 +article|The error 403.4 of the {folder} folder runs an ASP page, which redirects to {url}
 +article| - On any port but {http_port} the page does nothing: an empty page with status 200 (see --http-port).
@@ -886,7 +900,7 @@ STEPS = {
 """}
 CMD = """\
 @echo off
-rem {name} (IIS {iis}), method {method}: {url}
+rem {what}, method {method}: {url}
 rem Nobody has run this on Windows yet: read it first. Run it on the server, in a Command Prompt as administrator.
 setlocal
 set "KEEP=%SystemDrive%\\owahttps"
@@ -1061,7 +1075,7 @@ STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedi
 def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
     """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
     later ones by `method`, "redirect" or "" (Microsoft's procedure) or "403.4" (what became of the article's)."""
-    iis, peculiar = EXCHANGE[name]
+    what, peculiar = EXCHANGE[name]
     folder = rule.path.split("/")[1]
     _refuse(name, (not folder, "needs a virtual directory in --path, such as /owa: / would lead to itself"))
     page = ""
@@ -1078,14 +1092,15 @@ def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, 
                 (rule.status == 308 and "until2013" in peculiar, "has no status 308: that needs IIS 10"))
     marks = [name, method] + peculiar.split()
     values = dict(
-        rule._asdict(), name=name, iis=iis, method=method, http_port=http_port, site=site, host=rule.host or "HOST",
+        rule._asdict(), what=what, method=method, http_port=http_port, site=site, host=rule.host or "HOST",
         url=rule.location("SERVER_NAME", "/"), folder="Exchange" if folder == "exchange" else folder,
         status_name=STATUS_NAMES[rule.status], page="".join("::a %s\n" % line for line in page.splitlines()),
         check_options=options(rule), colon_port="" if http_port == 80 else ":%d" % http_port)
-    parts = [("about", ABOUT, ""), ("steps", STEPS[method], ""), ("verify", VERIFY, ""),
-             ("script", SCRIPT[method], "owahttps.cmd"), ("undo", UNDO[method], "owahttps-undo.cmd")]
-    return [Part("asp", page, "Owahttps.asp")] * bool(page) + [
-        Part(part, _fill(text, marks, values), file) for part, text, file in parts]
+    parts = [Part("asp", page, "Owahttps.asp")] if page else []
+    for part, text, file in (("about", ABOUT, ""), ("steps", STEPS[method], ""), ("verify", VERIFY, ""),
+                             ("script", SCRIPT[method], "owahttps.cmd"), ("undo", UNDO[method], "owahttps-undo.cmd")):
+        parts.append(Part(part, _fill(text, marks, values), file))
+    return parts
 
 
 # The other servers: what a Host may be there (an address is not looked at closely), the ACME paths, and a token's path.
@@ -1248,8 +1263,10 @@ def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
              "a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /"))
     fields = rule._asdict()
     marks = {field for field in fields if fields[field]}
-    marks |= {"listen"} if http_port != 80 else set()
-    marks |= set() if rule.keep_path or rule.acme_dir else {"acme_path"}
+    if http_port != 80:
+        marks.add("listen")
+    if not (rule.keep_path or rule.acme_dir):
+        marks.add("acme_path")
     values = dict(
         fields, port=http_port, names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
         refusal=421 if rule.allow_hosts else 400, optional="?" if rule.host else "", acme_prefix=ACME_PREFIX,
@@ -1257,9 +1274,7 @@ def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
     return [Part("file", _fill(template, marks, values), file)]
 
 
-RECIPES = {name: "Exchange %s on IIS %s" % (name[8:].lstrip("-").upper(), EXCHANGE[name][0]) for name in EXCHANGE}
-RECIPES["exchange2000"] += ": Microsoft's article Q279681"
-RECIPES.update((name, SERVERS[name][0]) for name in SERVERS)
+RECIPES = {name: row[0] for table in (EXCHANGE, SERVERS) for name, row in table.items()}     # type: ignore
 
 
 # ---- The stub --------------------------------------------------------------------------------------------------------
@@ -1509,10 +1524,10 @@ def parse_url(text: str) -> Url:
     match = re.fullmatch(r"(?i)(https?)://([^/?#]*)([!-~]*)", text)
     if not match:
         raise ValueError("%a is not an http or https URL" % text[:300])
-    scheme, target = match.group(1).lower(), match.group(3).partition("#")[0]
-    port = re.sub(r"^(.*\]|[^:]*):?", "", match.group(2))
-    return Url(scheme, server_name(match.group(2)), int(port or (443 if scheme == "https" else 80)),
-               target if target.startswith("/") else "/" + target)
+    scheme, authority, target = match.group(1).lower(), match.group(2), match.group(3).partition("#")[0]
+    name, port = server_name(authority), re.search(r":([0-9]+)$", authority)
+    default = 443 if scheme == "https" else 80
+    return Url(scheme, name, int(port.group(1)) if port else default, target if target[:1] == "/" else "/" + target)
 
 
 @contextlib.contextmanager
@@ -1925,7 +1940,7 @@ Content-Length and Transfer-Encoding         | 400 |
 two Content-Lengths                          | 400 |
     GET / HTTP/1.1$HOST$Content-Length: 0$Content-Length: 5$&
 target of 9,000 bytes                        | 414             | GET /(a*9000) HTTP/1.1$HOST$&
-head of 40,000 bytes                         | 431|400         | GET / HTTP/1.1$HOST$(X: (a*4000)$*10)&
+head of 40,000 bytes                         | 431|400         | GET / HTTP/1.1$HOST$(X: a$*6000)&
 pipelined requests, answered in order        | 302 TO/exchange, 302 https://192.0.2.7/exchange |
     GET / HTTP/1.1$HOST$$GET / HTTP/1.1$Host: 192.0.2.7$&
 X-Forwarded-Proto: https, a loop             | 421             | GET / HTTP/1.1$HOST$X-Forwarded-Proto: https$&
@@ -1960,8 +1975,7 @@ def cases() -> Iterator[Case]:
         what, _, needs = what.rstrip("]").partition(" [")
         for short, long in (("HOST", "Host: mail.example.com"), ("&", "Connection: close$$"), ("$", "\\r\\n")):
             request = request.replace(short, long)
-        while re.search(r"\([^()]+\*[0-9]+\)", request):
-            request = re.sub(r"\(([^()]+)\*([0-9]+)\)", lambda match: match.group(1) * int(match.group(2)), request)
+        request = re.sub(r"\(([^()]+)\*([0-9]+)\)", lambda match: match.group(1) * int(match.group(2)), request)
         yield (what, needs, expect.replace("TO", "https://mail.example.com"),
                request.encode("latin-1").decode("unicode_escape").encode("latin-1"))
 
@@ -1996,9 +2010,12 @@ def _answers(data: bytes, request: bytes) -> str:
         if not request.startswith(b"HEAD ") and head[9:12] != "204" and head[9] != "1":
             length = fields.get("content-length", "")
             size = int(length) if re.fullmatch("[0-9]{1,9}", length) else len(text)
-            found += ["cut off"] * (len(text) < size)
+            if len(text) < size:
+                found.append("cut off")
             text = text[size:]
-    return ", ".join(found + [text[:60]] * bool(text)) or "closed"
+    if text:
+        found.append(text[:60])
+    return ", ".join(found) or "closed"
 
 
 def _applies(needs: str, rule: RedirectRule) -> bool:
@@ -2391,7 +2408,8 @@ def _write_files(folder: str, parts: List[Part]) -> None:
     files = {}
     for part in parts:
         if part.file:
-            path, newline = os.path.join(folder, part.file), "\n" if part.name == "file" else "\r\n"     # Windows' own
+            path = os.path.join(folder, part.file)
+            newline = "\r\n" if part.file.endswith((".asp", ".cmd")) else "\n"
             files[path] = part.text.replace("\n", newline).encode("ascii")
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 if file.read() != files[path]:
@@ -2429,7 +2447,9 @@ def command_generate(args: argparse.Namespace) -> int:
     for part in parts:
         if len(parts) > 1:
             print("---- %s ----\n" % (part.file or part.name))
-        print(part.text, end="\n" * (len(parts) > 1))
+            print(part.text)
+        else:
+            print(part.text, end="")
     return 0
 
 
@@ -2438,8 +2458,9 @@ def _report(results: Iterable[Result], quiet: bool) -> int:
     count = failed = 0
     for what, expected, got in results:
         good = got in expected.split("|")
-        count, failed = count + 1, failed + (not good)
+        count += 1
         if not good:
+            failed += 1
             _line("FAIL", "%s: expected %s, got %s" % (what, expected, _log_escape(got, 200)))
         elif not quiet:
             _line("ok", what)
@@ -2479,7 +2500,7 @@ def command_check(args: argparse.Namespace) -> int:
             done = sum(future.done() for future in waiting)
             print("%d of %d checked" % (done, len(waiting)), end="\r", file=sys.stderr, flush=True)
         reports = [future.result() for future in waiting]
-    shown = SEVERITIES[2 * bool(args.quiet):]
+    shown = SEVERITIES[SEVERITIES.index("warning"):] if args.quiet else SEVERITIES
     for report in reports:
         if args.json:
             print(json.dumps(dict(report._asdict(), hops=[hop._asdict() for hop in report.hops],
