@@ -816,9 +816,9 @@ def options(rule: RedirectRule) -> str:
 EXCHANGE = {"exchange2000": ("Exchange 2000 on IIS 5.0: Microsoft's article Q279681", "article"),
             "exchange2003": ("Exchange 2003 on IIS 6.0", "article iis6"),
             "exchange2007": ("Exchange 2007 on IIS 7.0", "until2013"),
-            "exchange2010": ("Exchange 2010 on IIS 7.5", "until2013"),
-            "exchange2013": ("Exchange 2013 on IIS 8.0 or 8.5", "until2013"),
-            "exchange2016": ("Exchange 2016 on IIS 8.5 or 10", "since2016"),
+            "exchange2010": ("Exchange 2010 on IIS 7.5 or 8.0", "until2013"),
+            "exchange2013": ("Exchange 2013 on IIS 7.5 to 8.5", "until2013"),
+            "exchange2016": ("Exchange 2016 on IIS 8.0 to 10", "since2016"),
             "exchange2019": ("Exchange 2019 on IIS 10", "since2016"),
             "exchange-se": ("Exchange SE on IIS 10", "since2016")}
 ABOUT = """\
@@ -846,7 +846,7 @@ ABOUT = """\
 +since2016|   <remove name="CustomErrorModule" /> (keep a copy), and look again after every cumulative update.
 +since2016| - Under Extended Protection (on by default from Exchange 2019 CU14) /owa keeps Require SSL: with method
 +since2016|   redirect, http://HOST/owa then answers 403.4. Method 403.4 does both.
-+since2016| - Status 308 needs IIS 10.
++redirect| - Status 308 needs IIS 10.
 """
 STEPS = {
     "article": """\
@@ -878,8 +878,8 @@ STEPS = {
     "redirect": """\
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
  2. SSL Settings: note what is set here and on every virtual directory. Here only: clear Require SSL; Actions: Apply.
-+since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too): SSL Settings, select
-+since2016|    Require SSL, Apply.
++since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too), and whatever below owa
++since2016|    had it (auth, Integrated, oma): SSL Settings, select Require SSL, Apply.
 -since2016| 3. Every virtual directory that had it: SSL Settings, select Require SSL, Apply.
  4. Default Web Site, HTTP Redirect (role service HTTP Redirection): select "Redirect requests to this destination",
     enter {url}
@@ -893,7 +893,7 @@ STEPS = {
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
  2. SSL Settings, here and on owa: Require SSL is selected.
 +exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
-+exchange2007|    "Insert content from static file into the error response", %SystemDrive%\\owahttps\\owahttps.htm
++exchange2007|    "Insert content from static file into the error response", %windir%\\owahttps\\owahttps.htm
 -exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
 -exchange2007|    "Respond with a 302 redirect", {url}
     OK.
@@ -903,7 +903,8 @@ CMD = """\
 rem {what}, method {method}: {url}
 rem Nobody has run this on Windows yet: read it first. Run it on the server, in a Command Prompt as administrator.
 setlocal
-set "KEEP=%SystemDrive%\\owahttps"
+set "KEEP=%windir%\\owahttps"
+set "FAILED="
 -article|set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
 -article|set "SITE=Default Web Site"
 """
@@ -937,7 +938,8 @@ net stop iisadmin /y
 for /f "tokens=*" %%S in ('findstr /b /c:"   " "%KEEP%\\services.txt"') do net start "%%S" >nul 2>&1
 net start > "%KEEP%\\after.txt"
 for /f "tokens=*" %%S in ('findstr /b /c:"   " "%KEEP%\\services.txt"') do findstr /l /x /c:"   %%S" \
-"%KEEP%\\after.txt" >nul || echo NOT started again: %%S
+"%KEEP%\\after.txt" >nul || (echo NOT started again: %%S& set "FAILED=1")
+if defined FAILED exit /b 1
 """
 SCRIPT = {
     "redirect": BEGIN_7 + """\
@@ -959,12 +961,13 @@ rem Nail down the SSL settings a directory has now, and no redirect: then it inh
 :keep
 set "V=%~1"
 if "%V:~-1%"=="/" set "V=%V:~0,-1%"
-set "F=None"
+set "F="
 for /f tokens^=1-4^ delims^=^" %%A in ('%APPCMD% list config "%V%" -section:access ^| findstr sslFlags') do \
 if "%%C"==" sslFlags=" (set "F=%%D") else set "F=%%B"
+if not defined F echo The SSL settings of "%V%" cannot be read.& exit /b 1
 set "F=%F: =%"
-echo %V%: %F%
->>"%KEEP%\\sslflags.txt" echo %F%*%V%
+echo "%V%": %F%
+>>"%KEEP%\\sslflags.txt" echo %F%*"%V%"
 if /i "%V%"=="%SITE%" exit /b 0
 %APPCMD% set config "%V%" -section:access -sslFlags:%F% -commit:apphost || exit /b 1
 %APPCMD% list config "%V%" -section:system.webServer/httpRedirect | findstr /i /r "enabled=.true." >nul
@@ -981,89 +984,93 @@ echo %%P does not require SSL: it will not answer 403.4.
 -exchange2007|set "PAGE=path='{url}',responseMode='Redirect'"
 %APPCMD% set config "%SITE%" -section:%SECTION% /+"[statusCode='403',subStatusCode='4',%PAGE%]" /commit:apphost \
 || goto fail
+>"%KEEP%\\403-4.txt" echo %PAGE%
 """ + END_7,
     "article": CMD + """\
 if exist "%KEEP%\\before.txt" echo %KEEP%\\before.txt is there: run the undo script first.& exit /b 1
 if not exist "%KEEP%" md "%KEEP%"
-rem The lines below that begin with ::v are a VBScript, those with ::a the page.
+rem The lines below that begin with ::v] are a VBScript, those with ::a] the page.
 type nul > "%KEEP%\\metabase.vbs"
 type nul > "%KEEP%\\page.asp"
-for /f "tokens=1,* delims= " %%A in ('findstr /b /c:"::v " "%~f0"') do >>"%KEEP%\\metabase.vbs" echo %%B
-for /f "tokens=1,* delims= " %%A in ('findstr /b /c:"::a " "%~f0"') do >>"%KEEP%\\page.asp" echo %%B
+for /f "tokens=1,* delims=]" %%A in ('findstr /b /l /c:"::v]" "%~f0"') do >>"%KEEP%\\metabase.vbs" echo %%B
+for /f "tokens=1,* delims=]" %%A in ('findstr /b /l /c:"::a]" "%~f0"') do >>"%KEEP%\\page.asp" echo %%B
 cscript //nologo "%KEEP%\\metabase.vbs" set "%KEEP%\\page.asp" > "%KEEP%\\before.txt"
 type "%KEEP%\\before.txt"
+findstr /b /c:"AccessSSL=" "%KEEP%\\before.txt" >nul || (del "%KEEP%\\before.txt"& exit /b 1)
 findstr /x /c:"done" "%KEEP%\\before.txt" >nul || exit /b 1
 +iis6|cscript //nologo %windir%\\system32\\iisext.vbs /EnFile %windir%\\system32\\inetsrv\\asp.dll
 """ + RESTART + """\
 exit /b 0
-::v ' Merges one entry into the custom errors of the {folder} folder; the others stay as they are.
-::v Option Explicit
-::v Dim root, node, page, fso, list, i
-::v Set root = GetObject("IIS://localhost/W3SVC/{site}/ROOT")
-::v Set node = root.GetObject("IIsWebVirtualDir", "{folder}")
-::v If WScript.Arguments(0) = "set" Then
-::v   ' Backs up the metabase as the next version of "owahttps", saved first; see Backup/Restore Configuration in IIS.
-::v   GetObject("IIS://localhost").Backup "owahttps", -1, 2
-::v   list = node.HttpErrors
-::v   WScript.Echo "AccessSSL=" & CInt(node.AccessSSL) & vbCrLf & Join(list, vbCrLf)
-::v   Set fso = CreateObject("Scripting.FileSystemObject")
-::v   If Not fso.FolderExists(root.Path & "\\Owaasp") Then fso.CreateFolder root.Path & "\\Owaasp"
-::v   fso.CopyFile WScript.Arguments(1), root.Path & "\\Owaasp\\Owahttps.asp"
-::v   On Error Resume Next
-::v   Set page = root.GetObject("IIsWebDirectory", "Owaasp")
-::v   If Err.Number <> 0 Then Set page = root.Create("IIsWebDirectory", "Owaasp")
-::v   On Error GoTo 0
-::v   page.AccessSSL = False
-::v   page.SetInfo
-+iis6|::v   page.AppCreate3 2, node.AppPoolId, False
-::v   Merge "403,4,URL,/owaasp/owahttps.asp"
-::v   node.AccessSSL = True   ' where 128-bit is required, also: node.AccessSSL128 = True
-::v Else
-::v   list = root.HttpErrors
-::v   Merge list(Find(list))
-::v   If WScript.Arguments(1) = "0" Then node.AccessSSL = False
-::v End If
-::v node.SetInfo
-::v WScript.Echo "done"
-::v Sub Merge(ByVal entry)
-::v   list = node.HttpErrors
-::v   i = Find(list)
-::v   If i > UBound(list) Then ReDim Preserve list(i)
-::v   list(i) = entry
-::v   node.Put "HttpErrors", (list)
-::v End Sub
-::v Function Find(entries)   ' the place of 403;4, or the place after the last
-::v   For i = 0 To UBound(entries)
-::v     If Left(entries(i), 6) = "403,4," Then Exit For
-::v   Next
-::v   Find = i
-::v End Function
+::v]' Merges one entry into the custom errors of the {folder} folder; the others stay as they are.
+::v]Option Explicit
+::v]Dim root, node, page, fso, list, i
+::v]Set root = GetObject("IIS://localhost/W3SVC/{site}/ROOT")
+::v]Set node = root.GetObject("IIsWebVirtualDir", "{folder}")
+::v]If WScript.Arguments(0) = "set" Then
+::v]  ' Backs up the metabase as the next version of "owahttps", saved first; see Backup/Restore Configuration in IIS.
+::v]  GetObject("IIS://localhost").Backup "owahttps", -1, 2
+::v]  list = node.HttpErrors
+::v]  WScript.Echo "AccessSSL=" & CInt(node.AccessSSL) & vbCrLf & Join(list, vbCrLf)
+::v]  Set fso = CreateObject("Scripting.FileSystemObject")
+::v]  If Not fso.FolderExists(root.Path & "\\Owaasp") Then fso.CreateFolder root.Path & "\\Owaasp"
+::v]  fso.CopyFile WScript.Arguments(1), root.Path & "\\Owaasp\\Owahttps.asp"
+::v]  On Error Resume Next
+::v]  Set page = root.GetObject("IIsWebDirectory", "Owaasp")
+::v]  If Err.Number <> 0 Then Set page = root.Create("IIsWebDirectory", "Owaasp")
+::v]  On Error GoTo 0
+::v]  page.AccessSSL = False
+::v]  page.SetInfo
++iis6|::v]  page.AppCreate3 2, node.AppPoolId, False
+::v]  Merge "403,4,URL,/owaasp/owahttps.asp"
+::v]  node.AccessSSL = True   ' where 128-bit is required, also: node.AccessSSL128 = True
+::v]Else
+::v]  Merge WScript.Arguments(1)
+::v]  If WScript.Arguments(2) = "0" Then node.AccessSSL = False
+::v]End If
+::v]node.SetInfo
+::v]WScript.Echo "done"
+::v]Sub Merge(ByVal entry)   ' in the place of 403;4, or behind the last
+::v]  list = node.HttpErrors
+::v]  For i = 0 To UBound(list)
+::v]    If Left(list(i), 6) = "403,4," Then Exit For
+::v]  Next
+::v]  If i > UBound(list) Then ReDim Preserve list(i)
+::v]  list(i) = entry
+::v]  node.Put "HttpErrors", (list)
+::v]End Sub
 {page}"""}
 UNDO = {
     "redirect": CMD + """\
 if not exist "%KEEP%\\sslflags.txt" echo Nothing to undo.& exit /b 1
 %APPCMD% set config "%SITE%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
 for /f "usebackq tokens=1,* delims=*" %%A in ("%KEEP%\\sslflags.txt") do \
-%APPCMD% set config "%%B" -section:access -sslFlags:%%A -commit:apphost || exit /b 1
+%APPCMD% set config "%%~B" -section:access -sslFlags:%%A -commit:apphost || set "FAILED=1"
+if defined FAILED exit /b 1
 move /y "%KEEP%\\sslflags.txt" "%KEEP%\\sslflags.old"
 iisreset /noforce
 rem A web.config that IIS Manager (not this script) left here can freeze Outlook's Send and Receive: delete it.
 if exist "%ExchangeInstallPath%ClientAccess\\OAB\\web.config" dir "%ExchangeInstallPath%ClientAccess\\OAB\\web.config"
 """,
     "403.4": CMD + """\
+if not exist "%KEEP%\\403-4.txt" echo Nothing to undo.& exit /b 1
 %APPCMD% set config "%SITE%" -section:system.webServer/httpErrors /-"[statusCode='403',subStatusCode='4']" \
-/commit:apphost
+/commit:apphost || exit /b 1
+del "%KEEP%\\403-4.txt"
 """,
     "article": CMD + """\
 if not exist "%KEEP%\\before.txt" echo Nothing to undo.& exit /b 1
 set "SSL=1"
 findstr /x /c:"AccessSSL=0" "%KEEP%\\before.txt" >nul && set "SSL=0"
-cscript //nologo "%KEEP%\\metabase.vbs" undo %SSL% | findstr /x /c:"done" || exit /b 1
+set "WAS="
+for /f "delims=" %%E in ('findstr /b /c:"403,4," "%KEEP%\\before.txt"') do set "WAS=%%E"
+if not defined WAS echo There was no 403;4 before: set it to Default in Custom Errors.& exit /b 1
+cscript //nologo "%KEEP%\\metabase.vbs" undo "%WAS%" %SSL% | findstr /x /c:"done" || exit /b 1
 move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
 rem The Owaasp directory stays, and so does the permission to run ASP.
 """ + RESTART}
 VERIFY = """\
-+redirect|Only http://{host}/ leads to https; check finds the other paths critical.
++redirect|http://{host}/ leads to https; check finds critical what does not (the deep link, and {path} where it keeps
++redirect|Require SSL).
 From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
 +article|By https, as before: Public, OMA, ActiveSync, Exchange System Manager.
 -article|By https, as before: OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell
@@ -1094,7 +1101,7 @@ def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, 
     values = dict(
         rule._asdict(), what=what, method=method, http_port=http_port, site=site, host=rule.host or "HOST",
         url=rule.location("SERVER_NAME", "/"), folder="Exchange" if folder == "exchange" else folder,
-        status_name=STATUS_NAMES[rule.status], page="".join("::a %s\n" % line for line in page.splitlines()),
+        status_name=STATUS_NAMES[rule.status], page="".join("::a]%s\n" % line for line in page.splitlines()),
         check_options=options(rule), colon_port="" if http_port == 80 else ":%d" % http_port)
     parts = [Part("asp", page, "Owahttps.asp")] if page else []
     for part, text, file in (("about", ABOUT, ""), ("steps", STEPS[method], ""), ("verify", VERIFY, ""),
@@ -1158,7 +1165,7 @@ APACHE = """\
 </VirtualHost>
 """
 HAPROXY = """\
-# /etc/haproxy/haproxy.cfg; where there is one already, add the frontend alone
+# /etc/haproxy/haproxy.cfg (where there is one already, add the frontend alone); then: systemctl reload haproxy
 global
     user haproxy
     group haproxy
@@ -1172,8 +1179,8 @@ frontend owahttps
     http-request deny deny_status 405 if METH_CONNECT or METH_TRACE
     # A proxy that already speaks HTTPS: a redirect would loop.
     http-request deny deny_status 421 if {{ req.hdr(x-forwarded-proto) -i -m beg https }}
-    # host_only drops the port and makes lower case; the rest of Host is as it came.
-    http-request set-var(txn.host) req.fhdr(host),host_only,regsub(\\.$,)
+    # In lower case, without port and last dot; the rest of Host is as it came.
+    http-request set-var(txn.host) req.fhdr(host),lower,regsub(:[0-9]+$,),regsub(\\.$,)
     http-request deny deny_status {refusal} unless {{ var(txn.host) -m reg '^({names})$' }}
     http-request deny deny_status 400 unless {{ path_beg / }}
 +acme_path|    http-request redirect code {status} location {origin}%[pathq] if {{ path_beg {acme_prefix} }}
@@ -1181,13 +1188,16 @@ frontend owahttps
 -keep_path|    http-request redirect code {status} location {origin}{path}
 """
 CADDY = """\
-# Caddyfile
+# /etc/caddy/Caddyfile; then: systemctl reload caddy
 http://:{port} {{
 \tlog
 \t# In this order:
 \troute {{
 \t\t@never method CONNECT TRACE
 \t\trespond @never 405
+\t\t# "x:@evil" is a target too, and {{uri}} would put it behind the host.
+\t\t@target not expression `{{http.request.uri}}.startsWith("/")`
+\t\trespond @target 400
 +health|\t\trespond {health} 200
 +acme_dir|\t\t@acme path_regexp acme `{token}`
 +acme_dir|\t\thandle @acme {{
@@ -1928,6 +1938,8 @@ absolute form with userinfo                  | 400             | GET http://good
 absolute form, other scheme                  | 400             | GET ftp://mail.example.com/ HTTP/1.1$HOST$&
 target .evil.example                         | 400             | GET .evil.example HTTP/1.1$HOST$&
 target @evil.example                         | 400             | GET @evil.example HTTP/1.1$HOST$&
+target x:@evil.example                       | 400             | GET x:@evil.example HTTP/1.1$HOST$&
+target http:evil.example                     | 400             | GET http:evil.example/ HTTP/1.1$HOST$&
 target with a fragment                       | 400             | GET /a#b HTTP/1.1$HOST$&
 space in the target                          | 400             | GET /a b HTTP/1.1$HOST$&
 HTTP/0.9                                     | 400|505         | GET /$
@@ -2181,7 +2193,7 @@ RECIPE=exchange2000     one of --list
 --undo                  print the commands that take it back alone
 --write DIR             write the files there instead, never over one that differs
 --method METHOD         Exchange 2007 and later: redirect (Microsoft's, the default), or 403.4 (the article's)
---site NUMBER=1         IIS 5 and 6: the Web site's number
+--site SITE=1           IIS 5 and 6: the Web site's number
 --http-port NUMBER=80   the port of plain HTTP
 
 examples:
@@ -2252,7 +2264,7 @@ class _Parser(argparse.ArgumentParser):
 def _number(low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> Any:
         kind = type(low)
-        if re.fullmatch(r"[0-9]{1,9}" + r"(\.[0-9]+)?" * (kind is float), text) and low <= kind(text) <= high:
+        if re.fullmatch(r"[0-9]{1,10}" + r"(\.[0-9]+)?" * (kind is float), text) and low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError("%a is not a number from %s to %s" % (text, low, high))
     return number
@@ -2260,7 +2272,8 @@ def _number(low: float, high: float) -> Callable[[str], Any]:
 
 VALUES: Dict[str, Fields] = {       # what an option takes, by its NAME, where that is not any text
     "PORT": {"type": _number(0, 65535)}, "CODE": {"type": int}, "NUMBER": {"type": _number(1, 65535)},
-    "N": {"type": _number(0, 10 ** 6)}, "SECONDS": {"type": _number(0.1, 9999.0)},
+    "N": {"type": _number(0, 10 ** 6)}, "SITE": {"type": _number(1, 2 ** 31 - 1)},     # IIS 6 hashes a site's name
+    "SECONDS": {"type": _number(0.1, 9999.0)},
     "METHOD": {"choices": ("redirect", "403.4")}, "RECIPE": {"choices": list(RECIPES)}}
 
 
@@ -2449,7 +2462,9 @@ def command_generate(args: argparse.Namespace) -> int:
             print("---- %s ----\n" % (part.file or part.name))
             print(part.text)
         else:
-            print(part.text, end="")
+            # cmd.exe would not find every label in a file with lone LFs.
+            crlf = part.file.endswith(".cmd") and os.linesep == "\n" and not sys.stdout.isatty()
+            print(part.text.replace("\n", "\r\n") if crlf else part.text, end="")
     return 0
 
 

@@ -2434,15 +2434,15 @@ def failures(port, rule):
 
 # What a recipe's server does otherwise than the decision, from the README's table: N nginx, A Apache, H HAProxy, C Caddy.
 DIFFERS = {
-    'unknown method': "N", 'OPTIONS *': "NAHC", 'GET *': "C", 'Expect: 100-continue gets the final answer': "N",
+    'unknown method': "N", 'OPTIONS *': "NAHC", 'Expect: 100-continue gets the final answer': "N",
     'Host in capitals': "C", 'IPv6 Host': "C", 'IPv6 Host that is none': "NHC",
     'Host that ends in a number, but is no IPv4 address': "NHC", 'Host with a label of 64': "NAHC",
     'Host of 254 characters': "NAHC", 'Host port 0': "NHC", 'Host port 65536': "NHC",
-    'Host port that is no number': "NH", 'no Host, HTTP/1.0, with a fixed host': "HC", 'two Hosts, equal': "H",
+    'Host port that is no number': "N", 'no Host, HTTP/1.0, with a fixed host': "HC", 'two Hosts, equal': "H",
     'folded field line': "AHC", 'lone LF in the head': "NHC", "lone LF at every line's end": "NHC",
     'NUL in the head': "H", 'DEL in the head': "NH", 'field line without a colon': "N",
     'absolute form goes before Host': "H", 'absolute form without a path': "AH", 'absolute form with userinfo': "C",
-    'absolute form, other scheme': "NHC", 'target with a fragment': "NC", 'HTTP/0.9': "NA", 'HTTP/2 preface': "HC",
+    'absolute form, other scheme': "NHC", 'target with a fragment': "NC", 'HTTP/0.9': "NA", 'HTTP/2 preface': "H",
     'HTTP/3.7': "AH", 'TLS ClientHello': "AC", 'one leading empty line': "C",
     'Content-Length and Transfer-Encoding': "AHC", 'target of 9,000 bytes': "HC", 'head of 40,000 bytes': "C",
     'path and query, byte for byte': "N", "outside the URL's grammar is encoded": "NAH",
