@@ -145,7 +145,7 @@ class RedirectRule(_RuleFields):
             if not _PATH.fullmatch(path):
                 raise RuleError("path %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /" % path)
         if rule.health in (rule.path, "/"):
-            raise RuleError("path %a cannot be the health check too" % rule.path)
+            raise RuleError("--health %a is where everybody lands or begins: it takes a path of its own" % rule.health)
         if not 1 <= rule.https_port <= 65535:
             raise RuleError("https port %d is not in 1-65535" % rule.https_port)
         if rule.status not in (301, 302, 307, 308):
@@ -1398,7 +1398,7 @@ class StubServer(_ThreadingServer):
                 given = "--cert %a" % certificate + (key and ", --key %a" % key)
                 raise RuleError("%s: %s" % (given, _pem_trouble(error))) from None
         else:
-            if not ip_address(server_address[0]).is_loopback:
+            if server_address[0] != "localhost" and not ip_address(server_address[0]).is_loopback:
                 raise RuleError("%s is no loopback address: the embedded certificate is no secret" % server_address[0])
             # No browser keeps it: RFC 6797 §8.1 ignores the field where the certificate is not trusted.
             self.fields = [("Strict-Transport-Security", "max-age=31536000")]
@@ -1424,8 +1424,9 @@ Accept: */*\r
 Connection: close\r
 \r
 """
+INTERIM = re.compile(rb"HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n")       # 103 Early Hints and the like
+REDIRECT = re.compile(rb"HTTP/1\.[01] 3[^\0]*?\n\r?\n")
 MAX_REQUESTS = 16           # to an address; of the first ones, not counting the forged one, each is made in any case
-INTERIM = rb"(?:HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n)*"     # 103 Early Hints and the like
 MAX_ANSWER = 64 * 1024      # bytes that are read of one response
 HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
 EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "unknown": 3, "critical": 2}    # the monitoring world's; mildest first
@@ -1551,33 +1552,50 @@ def _connected(url: Url, address: Address, context: Optional[ssl.SSLContext], se
             yield sock
 
 
+def _exchange(sock: Any, request: bytes, seconds: float,
+              enough: Callable[[bytes], Any] = lambda _: False) -> Tuple[bytes, Optional[OSError]]:
+    """Send a request; what comes until the other side closes or it is enough, and the error if one ended it."""
+    data, deadline = b"", time.monotonic() + seconds
+    try:
+        sock.sendall(request)
+        while len(data) < MAX_ANSWER and not enough(data):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout
+            sock.settimeout(left)
+            chunk = sock.recv(16 * 1024)
+            if not chunk:
+                break
+            data += chunk
+    except OSError as error:
+        return data, error
+    return data, None
+
+
+def _final(data: bytes) -> bytes:
+    """What comes after interim answers."""
+    place, match = 0, INTERIM.match(data)
+    while match:
+        place = match.end()
+        match = INTERIM.match(data, place)
+    return data[place:]
+
+
 def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: str, seconds: float) -> Response:
     """GET url from address, with this Host field, in so many seconds at the most; no cookie, no credential, no body.
 
     Raises OSError (no connection, no answer in time, TLS) or ValueError (an answer that is no HTTP/1).
     """
     deadline = time.monotonic() + seconds
-    data = b""
+    request = REQUEST.format(target=url.target, host=host, version=__version__).encode("latin-1")
     with _connected(url, address, context, seconds) as sock:
-        sock.sendall(REQUEST.format(target=url.target, host=host, version=__version__).encode("latin-1"))
-        try:
-            # A redirect is read to the end of its head: some load balancers leave the connection open after it.
-            while len(data) < MAX_ANSWER and not re.search(rb"\A%sHTTP/1\.[01] 3[^\0]*?\n\r?\n" % INTERIM, data):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise socket.timeout
-                sock.settimeout(left)
-                chunk = sock.recv(16 * 1024)
-                if not chunk:
-                    break
-                data += chunk
-        except OSError:
-            if not re.search(rb"\n\r?\n", data):
-                raise
+        # A redirect is read to the end of its head: some load balancers leave the connection open after it.
+        data, error = _exchange(sock, request, deadline - time.monotonic(), lambda data: REDIRECT.match(_final(data)))
+    if error and not re.search(rb"\n\r?\n", data):
+        raise error
     if not data:
         raise ConnectionError("closed without an answer")
-    data = re.sub(rb"\A" + INTERIM, b"", data)
-    head, *body = re.split(r"\n\r?\n", data.decode("latin-1"), maxsplit=1)
+    head, *body = re.split(r"\n\r?\n", _final(data).decode("latin-1"), maxsplit=1)
     line, *lines = re.split(r"\r?\n", head.rstrip("\r"))      # RFC 9112 §2.2: a lone LF ends a line too
     match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
     if not match or not body:
@@ -1791,17 +1809,19 @@ class _SiteCheck:
 
     def _judge_first(self, url: Url, response: Response, following: Url) -> None:
         values: Fields = dict(url=url, location=following, status=response.status)
-        status, expected, name = self.expected.get("status", response.status), following, following.name
+        # What no option says is right as the site does it.
+        status = self.expected.get("status", response.status)
+        wanted = following._replace(name=self.rule.host or following.name)
         if "path" in self.expected or self.rule.keep_path:
-            expected, name = parse_url(self.rule.location(url.name, url.target)), url.name
-        expected = expected._replace(name=self.rule.host or name, port=self.expected.get("https_port", following.port))
+            wanted = parse_url(self.rule.location(url.name, url.target))
+        wanted = wanted._replace(port=self.expected.get("https_port", following.port))
         if following.scheme != "https":
             self.found("redirection-not-to-https-on-initial-redirection", **values)
             return
         if following.port == url.port != self.rule.https_port:
             self.found("location-keeps-plain-port", **values)
-        elif (expected, status) != (following, response.status):
-            self.found("rule-mismatch", expected="%d %s" % (status, expected), **values)
+        elif (wanted, status) != (following, response.status):
+            self.found("rule-mismatch", expected="%d %s" % (status, wanted), **values)
         elif following.name not in (self.rule.host, url.name):
             self.found("redirection-off-host-from-http", **values)
         else:
@@ -1994,20 +2014,9 @@ def cases() -> Iterator[Case]:
 
 def _conversation(address: Address, request: bytes, seconds: float) -> bytes:
     """Send the request's bytes, take all that comes back until the server closes."""
-    data = b""
     with socket.create_connection(address, seconds) as sock:
-        try:
-            sock.sendall(request)
-            while len(data) < MAX_ANSWER:
-                chunk = sock.recv(MAX_ANSWER)
-                if not chunk:
-                    return data
-                data += chunk
-        except socket.timeout:
-            return data + b"(left open)"
-        except OSError:
-            pass
-    return data
+        data, error = _exchange(sock, request, seconds)
+    return data + b"(left open)" if isinstance(error, socket.timeout) else data
 
 
 def _answers(data: bytes, request: bytes) -> str:

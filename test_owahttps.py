@@ -1828,6 +1828,7 @@ HOSTILE_SITES = [
     Case("a head that drips", "http-no-answer", 2, drip(b"HTTP/1.1 301 Moved\r\nX: ", b"x"), options=SHORT),
     Case("a body that drips", "redirection-missing", 2, drip(b"HTTP/1.1 200 OK\r\n\r\n", b"x"), options=SHORT),
     Case("a redirect that leaves the connection open", INVALID, 2, drip(b"HTTP/1.1 301 Moved\r\n\r\n", b"")),
+    Case("endless interim answers", "http-garbled", 2, endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 99)),
     Case("no answer at all", "http-no-answer", 2, stall, options=SHORT),
     Case("closed at once", "http-no-answer", 2, lambda sock, over: None),
     Case("reset", "http-no-answer", 2, reset),
@@ -2061,6 +2062,16 @@ def test_an_early_hint_is_no_answer():
 
 def failing():
     return [(what, expected, got) for what, expected, got in owahttps.try_ourselves() if got not in expected.split("|")]
+
+
+def test_selftest_against_a_server_that_drips():
+    """A byte now and then must not hold a case beyond its seconds."""
+    server = Canned()
+    server.start(drip(b"HTTP/1.1 3", b"x"))
+    start = time.monotonic()
+    assert b"(left open)" in owahttps._conversation(("127.0.0.1", server.port), get().encode(), 0.2)
+    assert time.monotonic() - start < 3
+    server.close()
 
 
 def test_selftest_passes_in_time():
