@@ -648,9 +648,9 @@ class RedirectServer(_HTTPServer):
         while self._connections and now < start + self.grace_seconds:
             self._turn(0.02)
             now = time.monotonic()
-            for handler in list(self._connections) if now > start + 0.2 else ():    # what was sent has come by then
-                if not (handler.buffer or handler.outgoing or handler.close_connection):
-                    self._drop(handler)
+            under_way = (handler.buffer or handler.outgoing or handler.draining for handler in self._connections)
+            if now > start + 0.2 and not any(under_way):        # what was sent has come by then
+                break
 
     def _turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
@@ -878,8 +878,8 @@ STEPS = {
     "redirect": """\
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
  2. SSL Settings: note what is set here and on every virtual directory. Here only: clear Require SSL; Actions: Apply.
-+since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too), and whatever below owa
-+since2016|    had it (auth, Integrated, oma): SSL Settings, select Require SSL, Apply.
++since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too), and what had it below
++since2016|    owa (auth, Integrated, oma): SSL Settings, select Require SSL, Apply.
 -since2016| 3. Every virtual directory that had it: SSL Settings, select Require SSL, Apply.
  4. Default Web Site, HTTP Redirect (role service HTTP Redirection): select "Redirect requests to this destination",
     enter {url}
@@ -1284,7 +1284,7 @@ def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
     return [Part("file", _fill(template, marks, values), file)]
 
 
-RECIPES = {name: row[0] for table in (EXCHANGE, SERVERS) for name, row in table.items()}     # type: ignore
+RECIPES = {name: row[0] for table in (EXCHANGE, SERVERS) for name, row in table.items()}
 
 
 # ---- The stub --------------------------------------------------------------------------------------------------------
@@ -1387,7 +1387,7 @@ class StubServer(_ThreadingServer):
     """
 
     def __init__(self, server_address: Address, certificate: str = "", key: str = "",
-                 story: Callable[[str], Pairs] = lambda host: []) -> None:
+                 story: Callable[[str], Pairs] = lambda _: []) -> None:
         self.story = story
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if certificate:
@@ -2513,7 +2513,8 @@ def command_check(args: argparse.Namespace) -> int:
         ssl.create_default_context(**trust)
     except OSError as error:
         raise RuleError("--ca-file %a: %s" % (args.ca_file, _pem_trouble(error))) from None
-    family = {(True, ""): socket.AF_INET, ("", True): socket.AF_INET6}.get((vars(args)["4"], vars(args)["6"]), 0)
+    ipv4, ipv6 = vars(args)["4"], vars(args)["6"]
+    family = 0 if ipv4 == ipv6 else socket.AF_INET if ipv4 else socket.AF_INET6
     RedirectRule(**fields)
     for target in filter(None, args.target + [args.connect]):
         _site(target)
@@ -2551,7 +2552,7 @@ def command_demo(args: argparse.Namespace) -> int:
         last.rule = rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
         if args.before:
             server = _next_free(args.port, _ThreadingServer, BeforeHandler)
-            server.story = lambda host: [("In this demo that is:", rule.location("localhost", "/"))]
+            server.story = lambda _: [("In this demo that is:", rule.location("localhost", "/"))]
         else:
             server = _next_free(args.port, RedirectServer, rule=rule, access_log=last)
         last.port = server.server_port
