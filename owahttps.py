@@ -878,8 +878,8 @@ STEPS = {
     "redirect": """\
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
  2. SSL Settings: note what is set here and on every virtual directory. Here only: clear Require SSL; Actions: Apply.
-+since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too), and what had it below
-+since2016|    owa (auth, Integrated, oma): SSL Settings, select Require SSL, Apply.
++since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too), and what had it
++since2016|    below owa (auth, Integrated, oma): SSL Settings, select Require SSL, Apply.
 -since2016| 3. Every virtual directory that had it: SSL Settings, select Require SSL, Apply.
  4. Default Web Site, HTTP Redirect (role service HTTP Redirection): select "Redirect requests to this destination",
     enter {url}

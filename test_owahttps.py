@@ -99,18 +99,27 @@ def get(target="/", host="mail.example.com", fields="", line="GET {} HTTP/1.1"):
 
 @pytest.mark.parametrize("authority, name", [
     ("mail.example.com", "mail.example.com"), ("MAIL.Example.com:8080", "mail.example.com"), ("a", "a"), ("a.", "a"),
-    ("a.:80", "a"), ("a:", "a"), ("[::1]:", "[::1]"), ("a_b-c.d", "a_b-c.d"), ("1a.2b", "1a.2b"), ("192.0.2.1:80", "192.0.2.1"), ("[::1]", "[::1]"),
-    ("[2001:DB8::1]:65535", "[2001:db8::1]"), ("[::ffff:192.0.2.1]", "[::ffff:192.0.2.1]"), ("xn--bcher-kva.example", "xn--bcher-kva.example"),
-    ("a" * 63 + ".b", "a" * 63 + ".b"), ("a." * 126 + "a", "a." * 126 + "a"), ("0x.example", "0x.example"), ("1.2.3.4.example:1", "1.2.3.4.example")])
+    ("a.:80", "a"), ("a:", "a"), ("[::1]:", "[::1]"), ("a_b-c.d", "a_b-c.d"), ("1a.2b", "1a.2b"),
+    ("192.0.2.1:80", "192.0.2.1"), ("[::1]", "[::1]"),
+    ("[2001:DB8::1]:65535", "[2001:db8::1]"), ("[::ffff:192.0.2.1]", "[::ffff:192.0.2.1]"),
+    ("xn--bcher-kva.example", "xn--bcher-kva.example"),
+    ("a" * 63 + ".b", "a" * 63 + ".b"), ("a." * 126 + "a", "a." * 126 + "a"), ("0x.example", "0x.example"),
+    ("1.2.3.4.example:1", "1.2.3.4.example")])
 def test_server_name(authority, name):
     assert server_name(authority) == name
 
 
 @pytest.mark.parametrize("authority", [
-    "", ".", "..", "a..", "a..b", ".a", "-a", "a-", "_a", ":", ":80", "a::", "a:0", "a:65536", "a:123456", "a:b", "a:80:80", "a b", "a\t", "a\n", "\na",
-    "a@b", "u:p@a", "a#b", "a?b", "a/b", "a\\b", "a,b", "a%b", "a%20b", '"a"', "'a'", "<a>", "a;b", "a|b", "{a}", "$a", "*", "*.a", "\xe9",
-    "b\xfccher.example", "\u212a", "\u0661.example", "a\0", "a\x7f", "::1", "[::1", "::1]", "[::1]a", "[::1].", "[]", "[a]", "[::g]", "[1::2::3]",
-    "[fe80::1%eth0]", "[fe80::1%25eth0]", "[v1.a]", "256", "1.2.3", "1.2.3.4.5", "256.1.1.1", "01.2.3.4", "1.2.3.0x4", "a.0x", "127.1", "a" * 64,
+    "", ".", "..", "a..", "a..b", ".a", "-a", "a-", "_a", ":", ":80", "a::", "a:0", "a:65536", "a:123456", "a:b",
+    "a:80:80", "a b", "a\t", "a\n", "\na",
+    "a@b", "u:p@a", "a#b", "a?b", "a/b", "a\\b", "a,b", "a%b", "a%20b", '"a"', "'a'", "<a>", "a;b", "a|b", "{a}",
+    "$a", "*", "*.a", "\xe9",
+    "b\xfccher.example", "\u212a", "\u0661.example", "a\0", "a\x7f", "::1", "[::1", "::1]", "[::1]a", "[::1].", "[]",
+    "[a]", "[::g]", "[1::2::3]",
+    "[fe80::1%eth0]", "[fe80::1%25eth0]",
+    "[::ffff:01.2.3.4]", "[::1.2.3.04]", "[::ffff:1.2.3.256]", "0x7f.1",
+    "[v1.a]", "256", "1.2.3", "1.2.3.4.5", "256.1.1.1", "01.2.3.4", "1.2.3.0x4",
+    "a.0x", "127.1", "a" * 64,
     "a." * 127 + "a"])
 def test_server_name_refuses(authority):
     with pytest.raises(HostError) as caught:
@@ -119,10 +128,14 @@ def test_server_name_refuses(authority):
 
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(path="exchange"), "path 'exchange'"), (dict(path=""), "path ''"), (dict(path="/a b"), "path '/a b'"), (dict(path='/"'), "path"),
-    (dict(path="/%20"), "path"), (dict(path="/a?b"), "path"), (dict(path="/a\n"), "path"), (dict(path="/\xe9"), "path '/\\xe9'"),
-    (dict(host="a b"), "'a b'"), (dict(host="https://a"), "'https://a'"), (dict(host="a:443"), "port"), (dict(host="[::1]:443"), "port"),
-    (dict(allow_hosts=("a", "b:80")), "'b:80'"), (dict(allow_hosts=("a@b",)), "'a@b'"), (dict(allow_hosts=("",)), "''"), (dict(status=303), "303"), (dict(status=200), "200"),
+    (dict(path="exchange"), "path 'exchange'"), (dict(path=""), "path ''"), (dict(path="/a b"), "path '/a b'"),
+    (dict(path='/"'), "path"),
+    (dict(path="/%20"), "path"), (dict(path="/a?b"), "path"), (dict(path="/a\n"), "path"),
+    (dict(path="/\xe9"), "path '/\\xe9'"),
+    (dict(host="a b"), "'a b'"), (dict(host="https://a"), "'https://a'"), (dict(host="a:443"), "port"),
+    (dict(host="[::1]:443"), "port"),
+    (dict(allow_hosts=("a", "b:80")), "'b:80'"), (dict(allow_hosts=("a@b",)), "'a@b'"),
+    (dict(allow_hosts=("",)), "''"), (dict(status=303), "303"), (dict(status=200), "200"),
     (dict(https_port=0), "0"), (dict(https_port=65536), "65536"), (dict(health="health"), "'health'")])
 def test_a_rule_that_cannot_be(fields, says):
     with pytest.raises(RuleError):
@@ -133,12 +146,20 @@ def test_a_rule_that_cannot_be(fields, says):
 
 
 @pytest.mark.parametrize("fields, name, target, location", [
-    ({}, "a", "/x?y", "https://a/exchange"), (dict(path="/owa"), "[::1]", "/", "https://[::1]/owa"), (dict(host="B.example."), "a", "/", "https://b.example/exchange"),
-    (dict(https_port=8443), "a", "/", "https://a:8443/exchange"), (dict(https_port=8443, host="[::1]"), "a", "/", "https://[::1]:8443/exchange"),
-    (dict(keep_path=True), "a", "/x?y&z=/", "https://a/x?y&z=/"), (dict(keep_path=True), "a", "//b/x", "https://a//b/x"),
-    (dict(keep_path=True), "a", "/%0d%0a%2f%C3%A9/../?", "https://a/%0d%0a%2f%C3%A9/../?"), (dict(keep_path=True), "a", "/%zz%", "https://a/%25zz%25"),
+    ({}, "a", "/x?y", "https://a/exchange"), (dict(path="/owa"), "[::1]", "/", "https://[::1]/owa"),
+    (dict(host="B.example."), "a", "/", "https://b.example/exchange"),
+    (dict(https_port=8443), "a", "/", "https://a:8443/exchange"),
+    (dict(https_port=8443, host="[::1]"), "a", "/", "https://[::1]:8443/exchange"),
+    (dict(keep_path=True), "a", "/x?y&z=/", "https://a/x?y&z=/"),
+    (dict(keep_path=True), "a", "//b/x", "https://a//b/x"),
+    (dict(keep_path=True), "a", "/%0d%0a%2f%C3%A9/../?", "https://a/%0d%0a%2f%C3%A9/../?"),
+    (dict(keep_path=True), "a", "/%zz%", "https://a/%25zz%25"),
     (dict(keep_path=True), "a", '/\\"<>^`{|}[]\xe9', "https://a/%5C%22%3C%3E%5E%60%7B%7C%7D%5B%5D%E9"),
-    ({}, "a", "/.well-known/acme-challenge/t", "https://a/.well-known/acme-challenge/t"), ({}, "a", "/.well-known/x", "https://a/exchange")])
+    ({}, "a", "/.well-known/acme-challenge/t", "https://a/.well-known/acme-challenge/t"),
+    ({}, "a", "/.well-known/x", "https://a/exchange"),
+    (dict(health="/a"), "n", "/", "https://n/exchange"), (dict(https_port=1), "n", "/", "https://n:1/exchange"),
+    (dict(https_port=442), "n", "/", "https://n:442/exchange"),
+    (dict(https_port=65535), "n", "/", "https://n:65535/exchange")])
 def test_location(fields, name, target, location):
     assert RedirectRule(**fields).location(name, target) == location
 
@@ -154,10 +175,12 @@ def test_doctests():
 
 
 def test_random_heads_never_break_a_location():
-    """Whatever bytes come, a Location names the host that was asked for, in a URL that Python and the grammar both read."""
+    """Whatever bytes come, a Location names the host that was asked for, in a URL that Python and the grammar read."""
     rnd = random.Random(279681)
-    pieces = ["GET", "POST", " ", " ", "/", "/x", "//", "http://", "a", "good.example", "evil", "@", "#", "?", "\\", ":", ":80", "[::1]", "%0d%0a", "%",
-              "\r\n", "\r\n", "\r", "\n", "\t", "\0", "\x7f", "\xe9", ".", "..", " HTTP/1.1\r\nHost: ", " HTTP/1.0\r\n", "\r\nHost: ", "X: y\r\n", ",", "\"", "<"]
+    pieces = ["GET", "POST", " ", " ", "/", "/x", "//", "http://", "a", "good.example", "evil", "@", "#", "?", "\\",
+        ":", ":80", "[::1]", "%0d%0a", "%",
+              "\r\n", "\r\n", "\r", "\n", "\t", "\0", "\x7f", "\xe9", ".", "..", " HTTP/1.1\r\nHost: ",
+              " HTTP/1.0\r\n", "\r\nHost: ", "X: y\r\n", ",", "\"", "<"]
     redirected = 0
     for _ in range(20000):
         if rnd.random() < 0.5:
@@ -175,8 +198,10 @@ def test_random_heads_never_break_a_location():
                 continue
             redirected += 1
             url = urlsplit(match.group(1).decode())
-            asked = re.search(rb"(?i)^[^ ]+ https?://([^/?#]*)", head.lstrip()) or re.search(rb"(?i)\r\nhost:[ \t]*([^\r\t ]*)", head)
-            assert url.scheme == "https" and "@" not in url.netloc and url.netloc == server_name(asked.group(1).decode("latin-1"))
+            asked = re.search(rb"(?i)^[^ ]+ https?://([^/?#]*)",
+                head.lstrip()) or re.search(rb"(?i)\r\nhost:[ \t]*([^\r\t ]*)", head)
+            assert url.scheme == "https" and "@" not in url.netloc
+            assert url.netloc == server_name(asked.group(1).decode("latin-1"))
             assert re.fullmatch(r"(?:[A-Za-z0-9._~:/?@!$&'()*+,;=\[\]-]|%[0-9A-Fa-f]{2})+", match.group(1).decode())
     assert redirected > 1000
 
@@ -230,18 +255,31 @@ def test_the_answer_to_the_byte():
 
 
 @pytest.mark.parametrize("head, status, has", [
-    ("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"Content-Length: 1"), ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204, b"Server: owahttps\r\nAllow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n\r\n"),
-    ("TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 405, b"Allow: GET, HEAD"), ("GET / HTTP/1.0\r\nHost: a\r\n\r\n", 302, b"Connection: close"),
-    ("GET / HTTP/1.2\r\nHost: a\r\n\r\n", 302, b"Location: https://a/"), ("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: HTTPS, http\r\n\r\n", 421, b"redirect loop"),
-    ("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: http, https\r\n\r\n", 302, b"Location: https://a/"), ("GET / HTTP/1.1\r\nhOST:a \t\r\n\r\n", 302, b"https://a/"),
-    ("GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\n", 400, b"Content-Length"), ("GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 5\r\n\r\n", 400, b"Content-Length"),
-    ("GET http://a?b HTTP/1.1\r\nHost: x\r\n\r\n", 302, b"https://a/?b\r\n"), ("GET HTTPS://A:1/ HTTP/1.1\r\nHost: x\r\n\r\n", 302, b"https://a/\r\n"),
-    ("GET http:///x HTTP/1.1\r\nHost: x\r\n\r\n", 400, b"not one server name"), ("GET http://a/ HTTP/1.1\r\nHost: \r\n\r\n", 400, b"not one server name"),
-    ("GET /\xe9 HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"https://a/%E9\r\n"), ("GET /'&<a HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"&#x27;&amp;%3Ca\""),
-    ("G@T / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"), ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
-    ("HEAD / HTTP/1.1\r\nHost: a\r\nbad\r\n\r\n", 400, b"Content-Length: 9"), ("\r\nHEAD / HTTP/2.0\r\n\r\n", 505, b"Content-Length: 1"),
-    ("M" * 50 + " / HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"https://a/"), ("M" * 51 + " / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
-    ("GET / http/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"), ("\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n"[:4], 400, b"malformed request line")])
+    ("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"Content-Length: 1"),
+    ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204,
+    b"Server: owahttps\r\nAllow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n\r\n"),
+    ("TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 405, b"Allow: GET, HEAD"),
+    ("GET / HTTP/1.0\r\nHost: a\r\n\r\n", 302, b"Connection: close"),
+    ("GET / HTTP/1.2\r\nHost: a\r\n\r\n", 302, b"Location: https://a/"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: HTTPS, http\r\n\r\n", 421, b"redirect loop"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: http, https\r\n\r\n", 302, b"Location: https://a/"),
+    ("GET / HTTP/1.1\r\nhOST:a \t\r\n\r\n", 302, b"https://a/"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\n", 400, b"Content-Length"),
+    ("GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 5\r\n\r\n", 400, b"Content-Length"),
+    ("GET http://a?b HTTP/1.1\r\nHost: x\r\n\r\n", 302, b"https://a/?b\r\n"),
+    ("GET HTTPS://A:1/ HTTP/1.1\r\nHost: x\r\n\r\n", 302, b"https://a/\r\n"),
+    ("GET http:///x HTTP/1.1\r\nHost: x\r\n\r\n", 400, b"not one server name"),
+    ("GET http://a/ HTTP/1.1\r\nHost: \r\n\r\n", 400, b"not one server name"),
+    ("GET /\xe9 HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"https://a/%E9\r\n"),
+    ("GET /'&<a HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"&#x27;&amp;%3Ca\""),
+    ("G@T / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
+    ("GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
+    ("HEAD / HTTP/1.1\r\nHost: a\r\nbad\r\n\r\n", 400, b"Content-Length: 9"),
+    ("\r\nHEAD / HTTP/2.0\r\n\r\n", 505, b"Content-Length: 1"),
+    ("M" * 50 + " / HTTP/1.1\r\nHost: a\r\n\r\n", 302, b"https://a/"),
+    ("M" * 51 + " / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
+    ("GET / http/1.1\r\nHost: a\r\n\r\n", 400, b"malformed request line"),
+    ("\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n"[:4], 400, b"malformed request line")])
 def test_answers(head, status, has):
     result = owahttps.answer(head.encode("latin-1"), RedirectRule(keep_path=True))
     assert result.start.startswith(b"HTTP/1.1 %d " % status) and has in result.rest
@@ -250,11 +288,14 @@ def test_answers(head, status, has):
 
 # What sorts before or after a word that decides must not be taken for it; a limit holds to the byte.
 @pytest.mark.parametrize("line, fields, status", [
-    ("GET /a", "", 302), ("GET /health", "", 200), ("GET /i", "", 302), ("GET /healthy", "", 302), ("POST /health", "", 302), ("OPTIONS /health", "", 200),
+    ("GET /a", "", 302), ("GET /health", "", 200), ("GET /i", "", 302), ("GET /healthy", "", 302),
+    ("POST /health", "", 302), ("OPTIONS /health", "", 200),
     ("OPTIONS !", "", 400), ("OPTIONS evil", "", 400), ("PUT *", "", 400), ("GET *", "", 400), ("OPTIONS *", "", 204),
-    ("GET /", "X-Forwarded-Proto: http", 302), ("GET /", "X-Forwarded-Proto: wss", 302), ("GET /", "X-Forwarded-Proto: HTTPS, http", 421),
+    ("GET /", "X-Forwarded-Proto: http", 302), ("GET /", "X-Forwarded-Proto: wss", 302),
+    ("GET /", "X-Forwarded-Proto: HTTPS, http", 421),
     ("GET /" + "a" * 8191, "", 302), ("GET /" + "a" * 8192, "", 414),
-    ("GET /", "X: " + "a" * (32768 - 32), 302), ("GET /", "X: " + "a" * (32768 - 31), 431)], ids=lambda value: str(value)[:30])
+    ("GET /", "X: " + "a" * (32768 - 32), 302), ("GET /", "X: " + "a" * (32768 - 31), 431)],
+    ids=lambda value: str(value)[:30])
 def test_near_misses_and_limits(line, fields, status):
     head = "%s HTTP/1.1\r\nHost: a\r\n%s\r\n" % (line, fields and fields + "\r\n")
     result = owahttps.answer(head.encode(), RedirectRule(health="/health"))
@@ -262,15 +303,9 @@ def test_near_misses_and_limits(line, fields, status):
     assert status == 204 or b"\r\nContent-Length: %d\r\n" % len(result.rest.partition(b"\r\n\r\n")[2]) in result.rest
 
 
-@pytest.mark.parametrize("fields, location", [
-    (dict(health="/a"), "https://n/exchange"), (dict(health="/z"), "https://n/exchange"), (dict(https_port=1), "https://n:1/exchange"),
-    (dict(https_port=442), "https://n:442/exchange"), (dict(https_port=65535), "https://n:65535/exchange")])
-def test_rules_at_the_limits(fields, location):
-    assert RedirectRule(**fields).location("n", "/") == location
-
-
 def test_fields_in_the_log_have_a_limit():
-    result = owahttps.answer(b"GET / HTTP/1.1\r\nHost: a\r\nReferer: %s\r\nUser-Agent: %s\r\n\r\n" % (b"r" * 1001, b"\xff" * 251), RedirectRule())
+    result = owahttps.answer(b"GET / HTTP/1.1\r\nHost: a\r\nReferer: %s\r\nUser-Agent: %s\r\n\r\n" % (b"r" * 1001,
+        b"\xff" * 251), RedirectRule())
     assert result.log.split(" ")[-2:] == ['"%s"' % ("r" * 1000), '"%s"' % ("\\xFF" * 250)]
 
 
@@ -289,28 +324,20 @@ def test_the_fixed_host_is_allowed_too():
 
 
 @pytest.mark.parametrize("status, phrase", [
-    (301, b"301 Moved Permanently"), (302, b"302 Found"), (307, b"307 Temporary Redirect"), (308, b"308 Permanent Redirect")])
+    (301, b"301 Moved Permanently"), (302, b"302 Found"), (307, b"307 Temporary Redirect"),
+    (308, b"308 Permanent Redirect")])
 def test_every_status_has_its_phrase(status, phrase):
     result = owahttps.answer(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", RedirectRule(status=status))
     assert result.start == b"HTTP/1.1 " + phrase + b"\r\nDate: " and b"Location: https://a/exchange\r\n" in result.rest
 
 
-@pytest.mark.parametrize("size, status", [(owahttps.MAX_TARGET, 302), (owahttps.MAX_TARGET + 1, 414)])
-def test_the_longest_target(size, status):
-    assert owahttps.answer(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % b"/".ljust(size, b"a"), RedirectRule()).start[9:12] == b"%d" % status
-
-
-@pytest.mark.parametrize("size, status", [(owahttps.MAX_HEAD, 302), (owahttps.MAX_HEAD + 1, 431)])
-def test_the_longest_head(size, status):
-    start, end = b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"\r\n\r\n"
-    head = start + b"x" * (size - len(start) - len(end)) + end
-    assert len(head) == size and owahttps.answer(head, RedirectRule()).start[9:12] == b"%d" % status
-
-
 @pytest.mark.parametrize("begun, hopeless", [
-    ("", False), ("G", False), ("GET / HTTP/1.1", False), ("GET / HTTP/1.1\r", False), ("GET / HTTP/1.1\r\n", False), ("\r\n", False), ("\r\nGET", False),
-    ("GET / HTTP/1.1\r\nHost: a\r\n", False), ("GET /\r\n", True), ("GET / HTTP/1.1\n", True), ("GET / HTTP/1.1\r\nHost: a\n", True), ("\n", True), ("\x16", True),
-    ("\r\n\r", False), ("x" * (owahttps.MAX_TARGET + 67), True), ("\r\n" + "x" * (owahttps.MAX_TARGET + 65), True), ("GET / HTTP/1.1\r\nX: " + "x" * owahttps.MAX_HEAD, True),
+    ("", False), ("G", False), ("GET / HTTP/1.1", False), ("GET / HTTP/1.1\r", False), ("GET / HTTP/1.1\r\n", False),
+    ("\r\n", False), ("\r\nGET", False),
+    ("GET / HTTP/1.1\r\nHost: a\r\n", False), ("GET /\r\n", True), ("GET / HTTP/1.1\n", True),
+    ("GET / HTTP/1.1\r\nHost: a\n", True), ("\n", True), ("\x16", True),
+    ("\r\n\r", False), ("x" * (owahttps.MAX_TARGET + 67), True), ("\r\n" + "x" * (owahttps.MAX_TARGET + 65), True),
+    ("GET / HTTP/1.1\r\nX: " + "x" * owahttps.MAX_HEAD, True),
     ("GET / HTTP/2.0\r\n", True)], ids=lambda value: ascii(value)[:40])
 def test_is_hopeless(begun, hopeless):
     """A head is refused as soon as it can never be right, however its bytes are cut into packets; else it may go on."""
@@ -321,7 +348,8 @@ def test_is_hopeless(begun, hopeless):
 
 
 @pytest.mark.parametrize("target, referer, agent, log", [
-    ("/a\"b", 'x" 200 0 "', "\x1b[31m", '"GET /a\\x22b HTTP/1.1" 302 {} "x\\x22 200 0 \\x22" '), ("/\xe9\\", "\xff\t", "ok", '"GET /\\xE9\\x5C HTTP/1.1" 302 {} "\\xFF" "ok"')])
+    ("/a\"b", 'x" 200 0 "', "\x1b[31m", '"GET /a\\x22b HTTP/1.1" 302 {} "x\\x22 200 0 \\x22" '),
+    ("/\xe9\\", "\xff\t", "ok", '"GET /\\xE9\\x5C HTTP/1.1" 302 {} "\\xFF" "ok"')])
 def test_log_lines_cannot_be_forged(target, referer, agent, log):
     """No byte of a request may end a quoted part, begin a line, or reach the terminal raw."""
     head = "GET %s HTTP/1.1\r\nHost: a\r\nReferer: %s\r\nUser-Agent: %s\r\n\r\n" % (target, referer, agent)
@@ -333,58 +361,82 @@ def test_log_lines_cannot_be_forged(target, referer, agent, log):
 
 # ---- The listener ----------------------------------------------------------------------------------------------------
 
-COMBINED = r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /x HTTP/1\.1" 302 \d+ "http://r/" "agent"\n'
+COMBINED = r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] ' \
+           r'"GET /x HTTP/1\.1" 302 \d+ "http://r/" "agent"\n'
 
 
 def test_serve_tells_where_and_logs_in_combined_format():
     with serving("--path", "/owa") as (process, port):
-        assert b"Location: https://mail.example.com/owa\r\n" in ask(port, get("/x", fields="Referer: http://r/\r\nUser-Agent: agent\r\n"))
+        assert b"Location: https://mail.example.com/owa\r\n" in ask(port,
+            get("/x", fields="Referer: http://r/\r\nUser-Agent: agent\r\n"))
         assert re.fullmatch(COMBINED, process.stdout.readline().decode())
         assert b" 400 " in ask(port, get(host="a@b"))
-        assert re.fullmatch(r"\[[^]]+\] owahttps: 127\.0\.0\.1 refused: not one server name and port in Host or target\n",
-                            next(line for line in iter(lambda: process.stderr.readline().decode(), "") if "warning" not in line))
+        assert re.fullmatch(r"\[[^]]+\] owahttps: 127\.0\.0\.1 refused: " + owahttps.NO_NAME + "\n",
+                            next(line for line in iter(lambda: process.stderr.readline().decode(),
+                                "") if "warning" not in line))
         process.terminate()
         assert process.wait(5) == 0 or os.name == "nt"      # where it is no signal, but the end
 
 
 @pytest.mark.parametrize("argv, code, says", [
-    (["serve", "--port", "70000"], 2, "'70000' is not a number from 0 to 65535"), (["serve", "--port", "x"], 2, "'x'"), (["serve", "--path", "owa"], 2, "path 'owa'"),
-    (["serve", "--host", "a b"], 2, "'a b'"), (["serve", "--status", "303"], 2, "303"), (["serve", "--acme-dir", "/no/such"], 2, "/no/such"),
-    (["serve", "--bind", "203.0.113.9", "--port", "0"], 1, "203.0.113.9"), (["serve", "--bind", "no.such.invalid", "--port", "0"], 1, "no.such.invalid"),
-    (["serve", "--prot", "80"], 2, "--port"), (["sevre"], 2, "serve"), (["generate", "ngnix"], 2, "nginx"), (["generate", "--keep-path"], 2, "--keep-path"),
-    (["generate", "--status", "301"], 2, "301"), (["generate", "--allow-host", "a"], 2, "--allow-host"), (["generate", "--path", "/"], 2, "virtual directory"),
-    (["generate", "exchange2019"], 2, "--host"), (["generate", "exchange2007", "--host", "a", "--status", "308"], 2, "308|301 or 302 or 307"),
-    (["generate", "haproxy", "--acme-dir", "/a"], 2, "HAProxy serves no files"), (["generate", "nginx", "--acme-dir", "a"], 2, "--acme-dir"),
-    (["generate", "nginx", "--asp"], 2, "no such part"), (["generate", "--write", "/no/such"], 1, "'/no/such' is not a folder"), (["selftest", "--path", "/x"], 2, "--against"),
-    (["selftest", "--against", "non sense"], 2, "non sense"), (["selftest", "--against", "http://127.0.0.1:1"], 1, "gives no answer"),
+    (["serve", "--port", "70000"], 2, "'70000' is not a number from 0 to 65535"),
+    (["serve", "--port", "x"], 2, "'x'"), (["serve", "--path", "owa"], 2, "path 'owa'"),
+    (["serve", "--host", "a b"], 2, "'a b'"), (["serve", "--status", "303"], 2, "303"),
+    (["serve", "--acme-dir", "/no/such"], 2, "/no/such"),
+    (["serve", "--bind", "203.0.113.9", "--port", "0"], 1, "203.0.113.9"),
+    (["serve", "--bind", "no.such.invalid", "--port", "0"], 1, "no.such.invalid"),
+    (["serve", "--prot", "80"], 2, "--port"), (["sevre"], 2, "serve"), (["generate", "ngnix"], 2, "nginx"),
+    (["generate", "--keep-path"], 2, "--keep-path"),
+    (["generate", "--status", "301"], 2, "301"), (["generate", "--allow-host", "a"], 2, "--allow-host"),
+    (["generate", "--path", "/"], 2, "virtual directory"),
+    (["generate", "exchange2019"], 2, "--host"),
+    (["generate", "exchange2007", "--host", "a", "--status", "308"], 2, "308|301 or 302 or 307"),
+    (["generate", "haproxy", "--acme-dir", "/a"], 2, "HAProxy serves no files"),
+    (["generate", "nginx", "--acme-dir", "a"], 2, "--acme-dir"),
+    (["generate", "nginx", "--asp"], 2, "no such part"),
+    (["generate", "--write", "/no/such"], 1, "'/no/such' is not a folder"),
+    (["selftest", "--path", "/x"], 2, "--against"),
+    (["selftest", "--against", "non sense"], 2, "non sense"),
+    (["selftest", "--against", "http://127.0.0.1:1"], 1, "gives no answer"),
     (["serve", "--https-port", "80"], 2, "a loop"), (["serve", "--path", "/owa", "--keep-path"], 2, "--keep-path"),
-    (["generate", "nginx", "--method", "403.4"], 2, "--method"), (["generate", "exchange2003", "--method", "redirect"], 2, "--method"),
-    (["demo", "--key", "k"], 2, "--key"), (["demo", "--cert", SCRIPT + "x"], 2, "--cert"), (["demo", "--cert", os.path.join(HERE, "README.md")], 2, "PEM"), (["serve", "--max-connections", "-1"], 2, "-1"), (["generate", "--site", "0"], 2, "'0'"),
+    (["generate", "nginx", "--method", "403.4"], 2, "--method"),
+    (["generate", "exchange2003", "--method", "redirect"], 2, "--method"),
+    (["demo", "--key", "k"], 2, "--key"), (["demo", "--cert", SCRIPT + "x"], 2, "--cert"),
+    (["demo", "--cert", os.path.join(HERE, "README.md")], 2, "PEM"), (["serve", "--max-connections", "-1"], 2, "-1"),
+    (["generate", "--site", "0"], 2, "'0'"),
     (["generate", "--http-port", "0"], 2, "'0'"), (["serve", "--health", "/exchange"], 2, "health"),
-    (["serve", "--health", "/"], 2, "health"), (["serve", "--host", ""], 2, "empty"), (["serve", "--user="], 2, "empty"),
-    (["generate", "systemd", "--http-port", "443"], 2, "a loop"), (["generate", "--steps", "--write", "."], 2, "none of these"),
+    (["serve", "--health", "/"], 2, "health"), (["serve", "--host", ""], 2, "empty"),
+    (["serve", "--user="], 2, "empty"),
+    (["generate", "systemd", "--http-port", "443"], 2, "a loop"),
+    (["generate", "--steps", "--write", "."], 2, "none of these"),
     (["check", "a/b"], 3, "'a/b'"), (["generate", "NGINZ"], 2, "nginx"),
-    (["serve", "--user", "no-such-user", "--bind", "127.0.0.1", "--port", "0"], 1, "no-such-user"), (["--quiet", "serve"], 2, "does not belong"),
-    (["demo", "--host", "a"], 2, "--host"), (["check", "--health", "/x", "a"], 3, "--health"), (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
-    (["check", "a", "--ca-file", "/no/such"], 3, "/no/such"), (["check", "--tmieout", "3", "a"], 3, "--timeout"), (["demo", "--cert", "/no/such"], 2, "/no/such")])
+    (["serve", "--user", "no-such-user", "--bind", "127.0.0.1", "--port", "0"], 1, "no-such-user"),
+    (["--quiet", "serve"], 2, "does not belong"),
+    (["demo", "--host", "a"], 2, "--host"), (["check", "--health", "/x", "a"], 3, "--health"),
+    (["check"], 3, "TARGET"), (["check", "a b"], 3, "'a b'"), (["check", "https://a"], 3, "https"),
+    (["check", "a", "--ca-file", "/no/such"], 3, "/no/such"), (["check", "--tmieout", "3", "a"], 3, "--timeout"),
+    (["demo", "--cert", "/no/such"], 2, "/no/such")])
 def test_errors_are_one_line(argv, code, says):
     got, out, err = run(*argv)
     assert (got, out) == (code, "") and err.count("\n") == 1 and "Traceback" not in err
     assert any(one in err for one in says.split("|")), err
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or not sys.platform.startswith("linux"), reason="privileged ports are Linux's here")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or not sys.platform.startswith("linux"),
+    reason="privileged ports are Linux's here")
 def test_cannot_bind():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         code, _, err = run("serve", "--bind", "127.0.0.1", "--port", str(taken.getsockname()[1]))
     assert code == 1 and "is in use" in err and "ss -ltnp" in err
-    assert all(way in owahttps._bind_trouble(PermissionError(13, "no"), "", 80) for way in ("CAP_NET_BIND", "ip_unprivileged_port_start", "--user"))
+    assert all(way in owahttps._bind_trouble(PermissionError(13, "no"), "", 80) for way in ("CAP_NET_BIND",
+        "ip_unprivileged_port_start", "--user"))
 
 
 @pytest.mark.parametrize("fields, host, says", [
-    ({}, "127.0.0.1", []), (dict(status=301), "127.0.0.1", ["301"]), (dict(status=308), "::1", ["308"]), (dict(status=308), "192.0.2.1", []),
+    ({}, "127.0.0.1", []), (dict(status=301), "127.0.0.1", ["301"]), (dict(status=308), "::1", ["308"]),
+    (dict(status=308), "192.0.2.1", []),
     (dict(https_port=8443), "127.0.0.1", ["Let's Encrypt"]), (dict(https_port=8443, acme_dir="/x"), "127.0.0.1", [])])
 def test_warnings(monkeypatch, fields, host, says):
     monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
@@ -394,16 +446,15 @@ def test_warnings(monkeypatch, fields, host, says):
     assert any("root" in line for line in owahttps._warnings(RedirectRule(), "::"))
 
 
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0 or not os.path.exists("/proc/self/status"), reason="needs root and /proc")
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0 or not os.path.exists("/proc/self/status"),
+    reason="needs root and /proc")
 def test_user_gives_root_up():
-    """After the port is bound nothing of root may be left, neither in user nor in group; an unknown user is one line."""
+    """After the port is bound nothing of root may be left, neither in user nor in group."""
     with serving("--user", "nobody") as (process, port):
         assert b" 302 " in ask(port, get())
         with open("/proc/%d/status" % process.pid) as file:
             ids = re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)", file.read())
         assert len(ids) == 2 and "0" not in ids[0] + ids[1]
-    code, out, err = run("serve", "--bind", "127.0.0.1", "--port", "0", "--user", "no-such-user")
-    assert (code, out) == (1, "") and "no-such-user" in err and err.count("\n") == 1
 
 
 def test_every_address_in_one_socket():
@@ -511,7 +562,7 @@ def abort(sock):
 # ---- The listener under attack: clients ------------------------------------------------------------------------------
 
 def test_slow_clients_are_cut_at_their_deadline_and_nobody_waits_for_them():
-    """A byte now and then must never prolong the deadline for a head, nor hold up a normal client, nor leave anything behind."""
+    """A byte now and then must never prolong the deadline for a head, hold up a normal client or leave things behind."""
     class Slow(RedirectHandler):
         head_seconds = 0.6
     with listening(Slow, max_connections=200) as server:
@@ -570,7 +621,7 @@ def test_oldest_idle_connection_makes_room():
 
 
 def test_a_request_under_way_makes_no_room():
-    """At the cap, who is being answered must never pay for one who is silent, nor lose its place for having begun early."""
+    """At the cap, who is being answered must never pay for one who is silent, nor for having begun early."""
     with listening(max_connections=2) as server:
         busy, idle = connect(server, KEEP % 1), connect(server, KEEP % 2)
         assert busy.recv(9999) and idle.recv(9999)
@@ -597,7 +648,8 @@ def test_a_request_under_way_makes_no_room():
 @pytest.mark.parametrize("count", (0, 1, 31, 32, 33, 64))
 def test_a_lone_lf_after_pipelined_requests(count):
     """Whatever its place in the pipeline, a malformed head must never wait for its deadline."""
-    with listening() as server, contextlib.closing(connect(server, KEEP % 1 * count + b"GET / HTTP/1.1\r\nHost: x\n\n")) as sock:
+    with listening() as server, contextlib.closing(connect(server,
+        KEEP % 1 * count + b"GET / HTTP/1.1\r\nHost: x\n\n")) as sock:
         start = time.monotonic()
         assert statuses(read_all(sock)) == [b"302"] * count + [b"400"] and time.monotonic() - start < 3
 
@@ -619,7 +671,8 @@ def test_a_log_that_raises_is_told():
 
 
 @pytest.mark.parametrize("wanted, soft, hard, cap", [
-    (0, 1024, 20000, 16384), (2000, 100, 20000, 2000), (2000, 100, 1024, 960), (0, 64, 64, 8), (5, 1024, 1024, 5), (0, -1, -1, 16384)])
+    (0, 1024, 20000, 16384), (2000, 100, 20000, 2000), (2000, 100, 1024, 960), (0, 64, 64, 8), (5, 1024, 1024, 5),
+    (0, -1, -1, 16384)])
 def test_connection_cap(wanted, soft, hard, cap, monkeypatch):
     resource = pytest.importorskip("resource")
     limits = [(soft, hard)]
@@ -672,7 +725,8 @@ def test_a_body_after_pipelined_requests(before):
 
 
 @pytest.mark.parametrize("start, status", [
-    (b"", b"414"), (b"GET /", b"414"), (b"\r\n", b"414"), (b"GET / HTTP/1.1\r\nHost: ", b"431"), (b"GET / HTTP/1.1\r\nX: ", b"431")])
+    (b"", b"414"), (b"GET /", b"414"), (b"\r\n", b"414"), (b"GET / HTTP/1.1\r\nHost: ", b"431"),
+    (b"GET / HTTP/1.1\r\nX: ", b"431")])
 def test_a_million_bytes_without_a_line_end(start, status):
     """The server must never keep more than a head's worth of them, and the client must see why, not a reset."""
     kept = []
@@ -683,7 +737,8 @@ def test_a_million_bytes_without_a_line_end(start, status):
             kept.append(len(self.buffer))
     with listening(Watched) as server:
         with contextlib.closing(connect(server)) as sock:
-            sender = threading.Thread(target=lambda: (sock.sendall(start + b"a" * 1000000), sock.shutdown(socket.SHUT_WR)))
+            sender = threading.Thread(target=lambda: (sock.sendall(start + b"a" * 1000000),
+                sock.shutdown(socket.SHUT_WR)))
             sender.start()
             answer = read_all(sock)
             sender.join(10)
@@ -731,7 +786,7 @@ def pipelined(sock, count):
 
 
 def test_unfinished_heads_have_a_budget():
-    """Heads that are never finished must never take more memory than all together may; the oldest pay, no normal client."""
+    """Heads that are never finished must never take more memory than all together may; the oldest pay."""
     with listening() as server:
         server.max_bytes = 200000
         crowd = [connect(server, b"GET / HTTP/1.1\r\nX: " + b"x" * 30000) for _ in range(40)]
@@ -791,7 +846,8 @@ def test_a_token_that_is_swapped(other, tmp_path):
 def test_a_body_that_never_comes():
     """The answer must never wait for a body, nor the connection outlive the drain's deadline."""
     with listening(Quick) as server:
-        with contextlib.closing(connect(server, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")) as sock:
+        with contextlib.closing(connect(server,
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")) as sock:
             assert is_whole(read_all(sock))
             assert wait_until(lambda: not server._connections, 3)
 
@@ -804,8 +860,10 @@ def test_a_body_never_turns_the_answer_into_a_reset(size, framing):
     head = b"POST / HTTP/1.1\r\nHost: a\r\n"
     with listening() as server:
         for _ in range(3):
-            assert is_whole(fetch_all(server, head + (b"Content-Length: %d\r\n\r\n%s" % (size, body) if framing == "length" else
-                                                b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, body))))
+            assert is_whole(fetch_all(server,
+                head + (b"Content-Length: %d\r\n\r\n%s" % (size, body) if framing == "length" else
+                                                b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (size,
+                                                body))))
         assert len(server.access_log) == 3
 
 
@@ -873,7 +931,7 @@ def test_a_client_that_is_gone_before_it_is_accepted(number):
 
 @pytest.mark.parametrize("end", (socket.socket.close, abort))
 def test_clients_that_go_away_leave_nothing_behind(end):
-    """A client that closes or resets at any stage must never leave a connection, kill the server or reach the log as a fault."""
+    """A client that closes or resets at any stage must never leave a connection, end the server or be a fault."""
     stages = (b"", b"G", b"GET / HTTP/1.1\r\nHost: a\r\n", KEEP % 1, KEEP % 1 * 50, b"\x16\x03\x01",
               b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\nx", b"a" * 9000)
     with listening() as server:
@@ -897,7 +955,8 @@ def test_other_protocols(first, answer, reason):
             reason or "no whole request head in time"))
 
 
-@pytest.mark.parametrize("head", (ONCE, b"\r\n" + ONCE, ONCE[:-2] + b"X : y\r\n\r\n", ONCE[:-2] + b"a: \r\n\tb\r\n\r\n"))
+@pytest.mark.parametrize("head",
+    (ONCE, b"\r\n" + ONCE, ONCE[:-2] + b"X : y\r\n\r\n", ONCE[:-2] + b"a: \r\n\tb\r\n\r\n"))
 def test_one_byte_a_packet(head):
     """Where the packets end must never change the answer."""
     with listening() as server:
@@ -920,26 +979,24 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     (b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nG", [b"400"]),
     (b"Content-Length: 47\r\n\r\n", [b"302"]), (b"Content-Length: 00\r\n\r\n", [b"302", b"302"]),
     (b"Content-Length: 0\r\nContent-Length: 47\r\n\r\n", [b"400"]), (b"Content-Length: 0, 0\r\n\r\n", [b"400"]),
-    (b"Content-Length: +0\r\n\r\n", [b"400"]), (b"Content-Length: -1\r\n\r\n", [b"400"]), (b"Content-Length:\r\n\r\n", [b"400"]),
-    (b"Content-Length: 0_0\r\n\r\n", [b"400"]), (b"Content-Length: \xb2\r\n\r\n", [b"400"]), (b"Content-Length: \xa00\r\n\r\n", [b"400"]),
+    (b"Content-Length: +0\r\n\r\n", [b"400"]), (b"Content-Length: -1\r\n\r\n", [b"400"]),
+    (b"Content-Length:\r\n\r\n", [b"400"]),
+    (b"Content-Length: 0_0\r\n\r\n", [b"400"]), (b"Content-Length: \xb2\r\n\r\n", [b"400"]),
+    (b"Content-Length: \xa00\r\n\r\n", [b"400"]),
     (b"Content-Length : 47\r\n\r\n", [b"400"]), (b"Content-Length: 0\x0b\r\n\r\n", [b"400"]),
-    (b"Transfer-Encoding: chunked\r\n\r\n0\r\nHost: evil.example\r\n\r\n", [b"302"]), (b"Transfer-Encoding: identity\r\n\r\n", [b"400"]),
+    (b"Transfer-Encoding: chunked\r\n\r\n0\r\nHost: evil.example\r\n\r\n", [b"302"]),
+    (b"Transfer-Encoding: identity\r\n\r\n", [b"400"]),
     (b"Transfer-Encoding: xchunked\r\n\r\n", [b"400"]), (b"Transfer-Encoding: gzip,\tChunked\r\n\r\n", [b"302"]),
-    (b"Transfer-Encoding: chunked, gzip\r\n\r\n", [b"400"]), (b"Transfer-Encoding: \x85chunked\r\n\r\n", [b"400"]), (b"Transfer-Encoding:\r\n chunked\r\n\r\n", [b"400"]),
+    (b"Transfer-Encoding: chunked, gzip\r\n\r\n", [b"400"]), (b"Transfer-Encoding: \x85chunked\r\n\r\n", [b"400"]),
+    (b"Transfer-Encoding:\r\n chunked\r\n\r\n", [b"400"]),
     (b"Transfer-Encoding : chunked\r\n\r\n", [b"400"]), (b"X: x\nTransfer-Encoding: chunked\r\n\r\n", [b"400"]),
     (b"X: x\rTransfer-Encoding: chunked\r\n\r\n", [b"400"]), (b"\n", [b"400"]), (b"\r\r\n\r\n", [b"400"]),
-    (b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", [b"302", b"302"]), (b"Connection: keep-alive, close\r\n\r\n", [b"302"])])
+    (b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", [b"302", b"302"]),
+    (b"Connection: keep-alive, close\r\n\r\n", [b"302"])])
 def test_one_request_is_never_two(fields, expected):
     """Where others may see a body, what follows the head must never be answered as a request."""
     with listening() as server:
         assert statuses(fetch_all(server, START + fields + SMUGGLED[:-2] + b"Connection: close\r\n\r\n")) == expected
-
-
-@pytest.mark.parametrize("name", ("[::ffff:01.2.3.4]", "[::1.2.3.04]", "[::ffff:1.2.3.256]", "01.2.3.4", "1.2.3", "0x7f.1", "a.0x"))
-def test_address_that_browsers_refuse(name):
-    """Python before 3.9.5 takes "01" for an octet; a browser would never follow a Location with it."""
-    with pytest.raises(HostError):
-        server_name(name)
 
 
 def fill(unit, end=b"\r\n", start=START):
@@ -947,17 +1004,21 @@ def fill(unit, end=b"\r\n", start=START):
 
 
 @pytest.mark.parametrize("head", [
-    fill(b"a:\r\n"), fill(b"a:\r\n", b"!\r\n\r\n"), fill(b"Host:\r\n"), fill(b"Host:\r\n", b"\x01\r\n\r\n"), fill(b"Referer:\xff\r\n"),
+    fill(b"a:\r\n"), fill(b"a:\r\n", b"!\r\n\r\n"), fill(b"Host:\r\n"), fill(b"Host:\r\n", b"\x01\r\n\r\n"),
+    fill(b"Referer:\xff\r\n"),
     START + b"Referer: " + b"\xff" * 32000 + b"\r\n\r\n", START + b"User-Agent: " + b" \t" * 16000 + b"\x00\r\n\r\n",
-    START + b"a" * 32000 + b"\r\n\r\n", b"GET /" + b"\xff" * 8191 + b" " + START[6:] + b"\r\n", b"GET /" + b"%" * 8191 + b" " + START[6:] + b"\r\n",
-    b"GET http://" + b"a." * 4000 + b" " + START[6:] + b"\r\n", b"\r" * 32768, b"\n" * 32768, b"\0" * 32768, b"\r\r\n" * 10000,
+    START + b"a" * 32000 + b"\r\n\r\n", b"GET /" + b"\xff" * 8191 + b" " + START[6:] + b"\r\n",
+    b"GET /" + b"%" * 8191 + b" " + START[6:] + b"\r\n",
+    b"GET http://" + b"a." * 4000 + b" " + START[6:] + b"\r\n", b"\r" * 32768, b"\n" * 32768, b"\0" * 32768,
+    b"\r\r\n" * 10000,
     START + b"a: " + b"x" * 32000 + b"\x01\r\n\r\n", START + b"X-Forwarded-Proto: " + b"," * 32000 + b"\r\n\r\n",
-    START[:16] + b"Host: " + b"a." * 16000 + b"!\r\n\r\n", START[:16] + b"Host: " + (b"a" * 61 + b"-.") * 500 + b"\r\n\r\n",
+    START[:16] + b"Host: " + b"a." * 16000 + b"!\r\n\r\n",
+    START[:16] + b"Host: " + (b"a" * 61 + b"-.") * 500 + b"\r\n\r\n",
     START[:16] + b"Host: [" + b"0:" * 16000 + b"]\r\n\r\n", START[:16] + b"Host: " + b"1." * 16000 + b"\r\n\r\n",
     START + b"Content-Length: " + b"9" * 32000 + b"\r\n\r\n"], ids=lambda head: repr(head[:24] + b".." + head[-24:]))
 def test_no_head_takes_long_or_much(head):
-    """No 32 KB of input may ever cost more than milliseconds (a regular expression that backtracks takes seconds), fill the
-    log with a line of more than some KB, or stay in the cache of answers."""
+    """No 32 KB of input may ever cost more than milliseconds (a regular expression that backtracks takes seconds), fill
+    the log with a line of more than some KB, or stay in the cache of answers."""
     rule, seconds = RedirectRule(keep_path=True), []
     for _ in range(3):
         start = time.perf_counter()
@@ -980,20 +1041,23 @@ def test_caches_are_bounded():
 
 
 @pytest.mark.parametrize("bytes_", [
-    b'" 200 0 "-" "-"\r\n6.6.6.6 - - [] "GET / HTTP/1.1', b"\n[x] owahttps: 6.6.6.6 refused: x\n", b"\x1b[31m", b'"', b"\\", b"\xff\x9b\xe2\x80\xa8",
+    b'" 200 0 "-" "-"\r\n6.6.6.6 - - [] "GET / HTTP/1.1', b"\n[x] owahttps: 6.6.6.6 refused: x\n", b"\x1b[31m", b'"',
+    b"\\", b"\xff\x9b\xe2\x80\xa8",
     b"\0", b"\r", b"\x85", b"\t"], ids=repr)
 def test_no_byte_of_the_network_forges_a_log_line(bytes_):
-    """Whatever is in a request, one answer is one line of the access log, in printable ASCII, and no more than one line of errors."""
+    """Whatever is in a request, one answer is one line of the access log, in printable ASCII, and at most one error."""
     with listening() as server:
         for request in (b"GET /a%s HTTP/1.1\r\nHost: h\r\n\r\n", b"GET / HTTP/1.1\r\nHost: h\r\nReferer: x%sy\r\n\r\n",
-                        b"GET / HTTP/1.1\r\nHost: h\r\nUser-Agent: x%sy\r\n\r\n", b"GET / HTTP/1.1\r\nHost: h%s\r\n\r\n", b"G%s / HTTP/1.1\r\n\r\n"):
+                        b"GET / HTTP/1.1\r\nHost: h\r\nUser-Agent: x%sy\r\n\r\n",
+                        b"GET / HTTP/1.1\r\nHost: h%s\r\n\r\n", b"G%s / HTTP/1.1\r\n\r\n"):
             access, errors = len(server.access_log), len(server.error_log)
             with contextlib.closing(connect(server, request % bytes_)) as sock:
                 sock.shutdown(socket.SHUT_WR)
                 count = len(statuses(read_all(sock)))
             assert len(server.access_log) == access + count and len(server.error_log) <= errors + 1
         for line in server.access_log:
-            assert re.match(r'127\.0\.0\.1 - - \[[^]]*\] "[ !#-\[\]-~\\]*" [0-9]{3} [0-9]+ "[ !#-~]*" "[ !#-~]*"\n\Z', line)
+            assert re.match(r'127\.0\.0\.1 - - \[[^]]*\] "[ !#-\[\]-~\\]*" [0-9]{3} [0-9]+ "[ !#-~]*" "[ !#-~]*"\n\Z',
+                line)
         for line in server.error_log:
             assert re.match(r"\[[^]]*\] owahttps: 127\.0\.0\.1 refused: [ -~]*\n\Z", line)
 
@@ -1017,7 +1081,8 @@ def test_an_exception_in_the_handler_costs_one_connection_and_one_line(where):
         with listening(Broken) as server:
             assert b"302" not in fetch_all(server)
             assert is_whole(fetch_all(server)) and wait_until(lambda: not server._connections)
-            assert len(server.error_log) == 1 and re.match(r"\[.*\] owahttps: 127.0.0.1 error: ZeroDivisionError\([ -~]*\n\Z",
+            assert len(server.error_log) == 1
+            assert re.match(r"\[.*\] owahttps: 127.0.0.1 error: ZeroDivisionError\([ -~]*\n\Z",
                                                            server.error_log[0])
     finally:
         del RedirectServer.broken
@@ -1103,11 +1168,12 @@ def test_a_log_reader_that_stalls_costs_lines_and_they_are_counted():
     os.close(reader)
     lines = b"".join(chunks).decode().split("\n")
     assert lines[-2:] == ["last", ""] and all(re.match("line [0-9]+ x{40}$", line) for line in lines[:-2])
-    assert len(lines) - 1 + sum(int(re.match("([0-9]+) lines of the log were lost", text).group(1)) for text in told) == 40001
+    assert len(lines) - 1 + sum(int(re.match("([0-9]+) lines of the log were lost",
+        text).group(1)) for text in told) == 40001
 
 
 def test_a_line_at_the_wrong_moment_never_puts_the_log_to_sleep():
-    """The log's thread may empty the queue between any two steps of write(): the next line must wake it all the same."""
+    """The log's thread may empty the queue between any two steps of write(): the next line must wake it even so."""
     class Lines(deque):
         def append(self, line):
             if self:
@@ -1156,15 +1222,14 @@ def test_a_log_that_recovers_glues_no_lines():
     os.close(writer)
     read += os.read(reader, 1 << 20)
     os.close(reader)
-    assert read.endswith(b"\nafter\n") and told[0].endswith("Resource temporarily unavailable") and "lines of the log were lost" in told[1]
+    assert read.endswith(b"\nafter\n")
+    assert told[0].endswith("Resource temporarily unavailable") and "lines of the log were lost" in told[1]
 
 
 @contextlib.contextmanager
 def command(redirection="", *options, **popen):
     """serve as a process of its own, its shell's redirections or limits in front; (process, address)."""
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(["sh", "-c", redirection + ' exec "$@"', "sh", sys.executable, SCRIPT, "serve",
                                 "--bind", "127.0.0.1", "--port", str(port)] + list(options), **popen)
 
@@ -1222,10 +1287,12 @@ def test_standard_output_whose_reader_exits():
 def test_standard_error_closed():
     """What would be told there must never go into the access log instead."""
     with command("exec 2>&-;", stdout=subprocess.PIPE) as (process, server):
-        assert is_whole(fetch_all(server)) and fetch_all(server, b"\x16") == b"" and is_whole(fetch_all(server, b"x\r\n\r\n"), b"400")
+        assert is_whole(fetch_all(server)) and fetch_all(server,
+            b"\x16") == b"" and is_whole(fetch_all(server, b"x\r\n\r\n"), b"400")
         process.send_signal(signal.SIGTERM)
         out = process.communicate(timeout=10)[0]
-        assert process.returncode == 0 and re.match(rb'(127\.0\.0\.1 - - \[[^]]*\] "[^"]*" (302|400) .*\n){2}\Z', out), out
+        assert process.returncode == 0 and re.match(rb'(127\.0\.0\.1 - - \[[^]]*\] "[^"]*" (302|400) .*\n){2}\Z',
+            out), out
 
 
 @linux
@@ -1267,7 +1334,7 @@ def test_sixty_four_file_descriptors():
 @linux
 @pytest.mark.parametrize("by", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_under_load_tears_no_answer(by):
-    """Requests under way must get whole answers; the last one on a kept connection says that it is; nothing holds up the exit."""
+    """Requests under way must get whole answers; the last one on a kept connection says so; the exit does not wait."""
     with command(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as (process, server):
         answers, torn, stop = [], [], threading.Event()
 
@@ -1310,10 +1377,11 @@ def test_a_signal_under_load_tears_no_answer(by):
 
 @linux
 def test_a_signal_with_everything_stalled():
-    """A stalled log, a stalled standard error and a client in the middle of a head must never keep the server from ending."""
+    """A stalled log, a stalled standard error and a client amid a head must never keep the server from ending."""
     readers = [os.pipe(), os.pipe()]
     with command(stdout=readers[0][1], stderr=readers[1][1]) as (process, server):
-        with contextlib.closing(connect(server, b"".join(KEEP % number for number in range(2000)) + b"x\r\n\r\n")) as sock:
+        with contextlib.closing(connect(server,
+            b"".join(KEEP % number for number in range(2000)) + b"x\r\n\r\n")) as sock:
             assert statuses(read_all(sock))[-1:] == [b"400"]
         with contextlib.closing(connect(server, b"GET / HT")), contextlib.closing(connect(server)):
             end(process)
@@ -1342,7 +1410,8 @@ def test_the_articles_page_to_the_letter():
 
 
 @pytest.mark.parametrize("fields, http_port, line", [
-    (dict(path="/owa"), 80, 'strSecureURL & "/owa"'), (dict(host="mail.example.com"), 80, 'strSecureURL & "mail.example.com"'),
+    (dict(path="/owa"), 80, 'strSecureURL & "/owa"'),
+    (dict(host="mail.example.com"), 80, 'strSecureURL & "mail.example.com"'),
     (dict(https_port=8443), 80, 'strSecureURL & ":8443/exchange"'), ({}, 8080, '("SERVER_PORT")=8080 Then')])
 def test_the_page_follows_the_rule(fields, http_port, line):
     assert line in owahttps.asp_page(RedirectRule(**fields), http_port)
@@ -1352,9 +1421,12 @@ def test_the_articles_steps():
     """IIS's labels exact, eighteen steps in order, both notes, and nothing of the article's prose."""
     code, out, _ = run("generate", "--steps")
     assert code == 0 and [int(n) for n in re.findall(r"(?m)^ ?(\d+)\. ", out)] == list(range(1, 19))
-    for label in ("Owahttps.asp", "Inetpub\\Wwwroot\\Owaasp", "Internet Service Manager", "Default Web Site", "Exchange folder", "Properties", "Custom Errors",
-                  "403.4", "Message Type", "URL", "/owaasp/owahttps.asp", "Directory Security", "Secure Communications", "Edit", "Require 128-bit encryption",
-                  "Require secure channel (SSL)", "net stop iisadmin /y", "SERVER_PORT and SERVER_NAME", "Only the Exchange folder"):
+    for label in ("Owahttps.asp", "Inetpub\\Wwwroot\\Owaasp", "Internet Service Manager", "Default Web Site",
+        "Exchange folder", "Properties", "Custom Errors",
+                  "403.4", "Message Type", "URL", "/owaasp/owahttps.asp", "Directory Security",
+                  "Secure Communications", "Edit", "Require 128-bit encryption",
+                  "Require secure channel (SSL)", "net stop iisadmin /y", "SERVER_PORT and SERVER_NAME",
+                  "Only the Exchange folder"):
         assert label in out, label
     other = run("generate", "--http-port", "8080")[1]
     assert "http://HOST:8080/exchange" in other and "owahttps.py check HOST:8080\n" in other
@@ -1372,13 +1444,15 @@ def test_write_never_overwrites(tmp_path):
     assert os.listdir(str(tmp_path)) == [page.name]     # all or nothing
 
 
-EXCHANGES = [(name, method) for name, (_, marks) in owahttps.EXCHANGE.items() for method in (("",) if "article" in marks else ("redirect", "403.4"))]
+EXCHANGES = [(name, method) for name,
+    (_, marks) in owahttps.EXCHANGE.items() for method in (("",) if "article" in marks else ("redirect", "403.4"))]
 
 
 @pytest.mark.parametrize("name, method", EXCHANGES)
 def test_exchange_recipes(name, method):
     """Every part is there, filled in, in ASCII; what must never be printed for a version is not."""
-    parts = {part.name: part.text for part in owahttps.exchange_recipe(name, RedirectRule(path="/owa", host="mail.example.com"), 80, method, 3)}
+    parts = {part.name: part.text for part in owahttps.exchange_recipe(name,
+        RedirectRule(path="/owa", host="mail.example.com"), 80, method, 3)}
     assert {"about", "steps", "script", "undo", "verify"} <= set(parts) and ("asp" in parts) == (not method)
     text = "".join(parts.values())
     assert "https://mail.example.com/owa" in text and not re.search(r"(?<!%)\{[a-z_]+\}", text)
@@ -1390,11 +1464,14 @@ def test_exchange_recipes(name, method):
     if method:
         assert "add backup" in parts["script"] and re.search("[-/]commit:apphost", parts["script"])
     else:
-        assert "W3SVC/3/ROOT" in parts["script"] and "adsutil" not in parts["script"] and "Merge \"403,4,URL,/owaasp/owahttps.asp\"" in parts["script"]
-        assert "net stop iisadmin /y" in parts["script"] and "iisreset" not in parts["script"] and "NOT started again" in parts["script"]
+        for text in ("W3SVC/3/ROOT",
+                     'Merge "403,4,URL,/owaasp/owahttps.asp"', "net stop iisadmin /y", "NOT started again"):
+            assert text in parts["script"]
+        assert "adsutil" not in parts["script"] and "iisreset" not in parts["script"]
 
 
-HOSTILE = ['a"b', "a%>b", "a%b", "%PATH%", "a&calc", "a|b", "a>b", "a^b", "a'b", "a`b", "a$(b)", "a;b", "a\nb", "a!b", "a{b}", "a" * 300, "a b", "<%", "$host", "a\\b"]
+HOSTILE = ['a"b', "a%>b", "a%b", "%PATH%", "a&calc", "a|b", "a>b", "a^b", "a'b", "a`b", "a$(b)", "a;b", "a\nb", "a!b",
+    "a{b}", "a" * 300, "a b", "<%", "$host", "a\\b"]
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -1417,7 +1494,8 @@ def test_generate_list_and_parts():
 def test_the_systemd_unit(tmp_path):
     unit = tmp_path / "owahttps.service"
     text = run("generate", "systemd", "--host", "mail.example.com", "--allow-host", "a.b", "--keep-path")[1]
-    assert "serve --port 80 --host mail.example.com --keep-path --allow-host mail.example.com --allow-host a.b\n" in text
+    assert ("serve --port 80 --host mail.example.com --keep-path --allow-host mail.example.com --allow-host a.b\n"
+            in text)
     if not shutil.which("systemd-analyze"):
         pytest.skip("no systemd-analyze here")
     unit.write_text(text.replace("/usr/bin/python3 -I /usr/local/bin/owahttps.py", sys.executable))
@@ -1425,13 +1503,13 @@ def test_the_systemd_unit(tmp_path):
     assert done.returncode == 0 and b"owahttps" not in done.stdout, done.stdout
 
 
-# `check` against real sockets: each case is a site, and what must be found there.  A site is a plain and a TLS server on
-# free ports of 127.0.0.1, each with canned bytes for every request; PLAIN and SECURE in them stand for their ports.
-
 needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 
 
 # ---- The check: certificates -----------------------------------------------------------------------------------------
+
+# `check` against real sockets: each case is a site, and what must be found there.  A site is a plain and a TLS server
+# on free ports of 127.0.0.1, each with canned bytes for every request; PLAIN and SECURE in them stand for their ports.
 
 OPENSSL_CA = """\
 [ca]
@@ -1618,7 +1696,8 @@ SITE_CASES = [
 
     Case("IIS 5 answers 403.4", "iis-403.4", 2, IIS5),
     Case("IIS 7 answers 403.4", "iis-403.4", 2, IIS7),
-    Case("IIS answers 403.6", "redirection-missing", 2, says("403 Forbidden", "Server: Microsoft-IIS/10.0", body="HTTP Error 403.6 - Forbidden")),
+    Case("IIS answers 403.6", "redirection-missing", 2,
+        says("403 Forbidden", "Server: Microsoft-IIS/10.0", body="HTTP Error 403.6 - Forbidden")),
     Case("any 403", "redirection-missing", 2, says("403 Forbidden", body="<h1>Forbidden</h1>")),
     Case("Owahttps.asp on another port", "iis-asp-port-test", 2, says("200 OK", "Server: Microsoft-IIS/5.0")),
     Case("200 in clear", "redirection-missing", 2, HOME.replace(b"Strict", b"No")),
@@ -1684,9 +1763,11 @@ SITE_CASES = [
     Case("two Locations", INVALID, 2, to(S + "/", "Location: http://evil.invalid/")),
     Case("two Locations, equal", ALL_GOOD, 0, to(S + "/", "Location: " + S + "/")),
     Case("HTTPS that is broken", ALL_GOOD + " https-error", 1, secure=says("500 Internal Server Error", YEAR)),
-    Case("only https, which leads to plain HTTP", "http-no-answer redirects.insecure.subsequent", 2, None, to(P + "/", YEAR),
+    Case("only https, which leads to plain HTTP", "http-no-answer redirects.insecure.subsequent", 2, None,
+        to(P + "/", YEAR),
          options="--https-port SECURE"),
-    Case("only https, for ever", "redirects.too_many.loop", 2, None, to(S + "PATH", YEAR), options="--https-port SECURE"),
+    Case("only https, for ever", "redirects.too_many.loop", 2, None, to(S + "PATH", YEAR),
+        options="--https-port SECURE"),
     Case("a cookie in clear", ALL_GOOD + " cookie-over-http", 1, to(S + "/", "Set-Cookie: a=b; Secure")),
     Case("a cookie without Secure", ALL_GOOD + " cookie-without-secure", 1,
          secure=says("200 OK", YEAR, "Set-Cookie: a=b; SECURE", "Set-Cookie: secure=1; HttpOnly")),
@@ -1779,11 +1860,15 @@ def test_finds(case: Case, certificates: Any, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("field, age", [
-    ("max-age=31536000", 31536000), ("Max-Age=0", 0), (' max-age = "5" ; ; includeSubDomains;;preload ', 5), (";max-age=1", 1),
+    ("max-age=31536000", 31536000), ("Max-Age=0", 0), (' max-age = "5" ; ; includeSubDomains;;preload ', 5),
+    (";max-age=1", 1),
     ("max-age=" + "0" * 30 + "7", 7), ('max-age=1; x="a;max-age=2"', 1), ("max-age=1; includeSubDomains", 1),
-    ("", None), ("max-age", None), ("max-age=", None), ("max-age=-1", None), ("max-age=1.5", None), ("max-age=1abc", None),
-    ("max-age=1 includeSubDomains", None), ("max-age=1,max-age=1", None), ("max-age=1; max-age=0", None), ('max-age="1', None),
-    ('x="; max-age=1"', None), ("includeSubDomains; includesubdomains; max-age=1", None), ("max-age=1; includeSubDomains=x", None),
+    ("", None), ("max-age", None), ("max-age=", None), ("max-age=-1", None), ("max-age=1.5", None),
+    ("max-age=1abc", None),
+    ("max-age=1 includeSubDomains", None), ("max-age=1,max-age=1", None), ("max-age=1; max-age=0", None),
+    ('max-age="1', None),
+    ('x="; max-age=1"', None), ("includeSubDomains; includesubdomains; max-age=1", None),
+    ("max-age=1; includeSubDomains=x", None),
     ("max-age=1" + " " * 60000, 1), ("max-age=1;" + " " * 60000 + '"', None), ("a" + " " * 60000 + '"', None),
     ("a;" * 30000 + '"', None), ('a="' + "\\" * 60000, None)], ids=lambda value: str(value)[:40])
 def test_max_age(field, age):
@@ -1882,7 +1967,8 @@ def test_an_empty_port_is_none():
 
 @needs_openssl
 @pytest.mark.parametrize("location, reflects", [
-    ("https://HOST/", True), ("https://X@FORGED.invalid/", True), ("https://localhost/?from=HOST", True), ("https://localhost/", False)])
+    ("https://HOST/", True), ("https://X@FORGED.invalid/", True), ("https://localhost/?from=HOST", True),
+    ("https://localhost/", False)])
 def test_forged_host(location: str, reflects: bool, certificates: Any, capsys: Any) -> None:
     """A Host that is no host must not come back in Location without a word: caches would keep it for everybody."""
     def script(sock: socket.socket, over: threading.Event) -> None:
@@ -2035,12 +2121,6 @@ def test_wrong_usage(words: str, monkeypatch: Any, capsys: Any) -> None:
     assert (code, out) == (3, "") and re.fullmatch(r"owahttps[ -~]+\n", err)
 
 
-@pytest.mark.parametrize("words", ["--nope localhost", "localhost http://", "nowhere.invalid"])
-def test_exit_3(words: str) -> None:
-    code, out, err = run("check", *words.split())
-    assert code == 3 and (out + err).count("\n") <= 2 and "Traceback" not in err
-
-
 def test_an_early_hint_is_no_answer():
     """An interim answer must never be judged as the final one."""
     with socket.socket() as listener:
@@ -2051,7 +2131,7 @@ def test_an_early_hint_is_no_answer():
             client = listener.accept()[0]
             with client:
                 client.recv(9999)
-                client.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 302 Found\r\nLocation: https://a/\r\n\r\n")
+                client.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + to("https://a/", status="302 Found"))
         threading.Thread(target=answer).start()
         url = owahttps.Url("http", "localhost", 80, "/")
         response = owahttps.fetch(url, listener.getsockname(), None, "localhost", 5)
@@ -2082,7 +2162,8 @@ def test_selftest_passes_in_time():
 
 
 @pytest.mark.parametrize("fields", [
-    dict(allow_hosts=("mail.test",)), dict(allow_hosts=("mail.example.com",)), dict(host="mail.test", allow_hosts=("other.test",)),
+    dict(allow_hosts=("mail.test",)), dict(allow_hosts=("mail.example.com",)),
+    dict(host="mail.test", allow_hosts=("other.test",)),
     dict(host="mail.test", keep_path=True, status=308, https_port=8443)], ids=str)
 def test_selftest_against_any_rule(fields):
     """What the cases expect follows from the rule that is named, whatever it is."""
@@ -2116,8 +2197,10 @@ class UntrustedCertificate(owahttps.StubServer):
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.TemporaryDirectory() as folder:
             pem = os.path.join(folder, "pem")
-            subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext",
-                                   "subjectAltName=DNS:localhost", "-days", "9", "-keyout", pem + "k", "-out", pem], stderr=subprocess.DEVNULL)
+            subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj",
+                "/CN=localhost", "-addext",
+                                   "subjectAltName=DNS:localhost", "-days", "9", "-keyout", pem + "k", "-out", pem],
+                                   stderr=subprocess.DEVNULL)
             self.context.load_cert_chain(pem, pem + "k")
 
 
@@ -2139,10 +2222,13 @@ def sabotaged_rule(**wrong):
     pytest.param("StubServer", UntrustedCertificate, "the stub's page comes over verified TLS",
                  marks=pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")),
     ("StubServer", DeadStub, "check finds nothing wrong"),
-    ("RedirectRule.location", lambda self, name, target: "http://%s:%d/exchange" % (name, self.https_port), "plain HTTP is redirected"),
+    ("RedirectRule.location", lambda self, name, target: "http://%s:%d/exchange" % (name, self.https_port),
+    "plain HTTP is redirected"),
     ("RedirectRule.location", lambda self, name, target: "https://" + name + target, "Host with a port"),
-    ("server_name", lambda authority: authority, "Host with '@'"), ("RedirectServer", None, "plain HTTP is redirected")],
-    ids=["status", "host", "path", "no certificate", "untrusted certificate", "dead stub", "http Location", "fixed path", "any Host", "no redirect"])
+    ("server_name", lambda authority: authority, "Host with '@'"),
+    ("RedirectServer", None, "plain HTTP is redirected")],
+    ids=["status", "host", "path", "no certificate", "untrusted certificate", "dead stub", "http Location",
+        "fixed path", "any Host", "no redirect"])
 def test_sabotage_turns_the_selftest_red(monkeypatch, name, value, must_fail):
     """Each part broken on purpose: a self-test that stays green proves nothing."""
     if value is None:
@@ -2185,12 +2271,14 @@ def source():
         return file.read()
 
 
+CAP = 2627
+
+
 def test_size_is_a_feature():
     lines = source().splitlines()
     assert len(lines) <= CAP and max(map(len, lines)) <= 120
-
-
-CAP = 2600
+    with open(__file__, encoding="utf-8") as file:
+        assert max(map(len, file.read().splitlines())) <= 120
 
 
 def test_nothing_is_used_before_it_is_defined():
@@ -2198,11 +2286,13 @@ def test_nothing_is_used_before_it_is_defined():
     defined, early = {}, []
     tree = ast.parse(source())
     for node in tree.body:
-        for name in [getattr(node, "name", None)] + [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]:
+        for name in [getattr(node, "name", None)] + [target.id for target in getattr(node, "targets",
+            []) if isinstance(target, ast.Name)]:
             defined.setdefault(name, node.lineno)
     for node in tree.body:
         for use in ast.walk(node):
-            if isinstance(use, ast.Name) and defined.get(use.id, 0) > node.lineno and use.id != getattr(node, "name", ""):
+            if isinstance(use, ast.Name) and defined.get(use.id, 0) > node.lineno and use.id != getattr(node, "name",
+                ""):
                 early.append((getattr(node, "name", "line %d" % node.lineno), use.id))
     assert early == []
 
@@ -2252,12 +2342,14 @@ def test_the_readmes_commands_and_options_exist():
 
 
 def test_the_readmes_demo_output_is_real():
-    process = subprocess.Popen([sys.executable, "owahttps.py", "demo", "--port", str(free_port()), "--https-port", str(free_port())],
+    process = subprocess.Popen([sys.executable, "owahttps.py", "demo", "--port", str(free_port()), "--https-port",
+        str(free_port())],
                                cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
     printed = "".join(process.stdout.readline() for _ in range(3))
     process.terminate()
     process.communicate(timeout=10)
-    assert re.sub(r":\d{4,5}", ":PORT", printed.replace(SCRIPT, "owahttps.py")) in re.sub(r":\d{4,5}", ":PORT", readme())
+    assert re.sub(r":\d{4,5}", ":PORT", printed.replace(SCRIPT, "owahttps.py")) in re.sub(r":\d{4,5}", ":PORT",
+        readme())
 
 
 def test_the_readmes_fail2ban_filter(tmp_path):
@@ -2266,11 +2358,13 @@ def test_the_readmes_fail2ban_filter(tmp_path):
         pytest.skip("no fail2ban here")
     (tmp_path / "owahttps.conf").write_text(re.search(r"(?s)```ini\n(\[Definition\].*?)```", readme()).group(1))
     with serving() as (process, port):
-        for request in (get(host="a@b"), get(fields="X: a\0b\r\n"), get(fields="X-Forwarded-Proto: https\r\n"), "\x16\x03\x01"):
+        for request in (get(host="a@b"), get(fields="X: a\0b\r\n"), get(fields="X-Forwarded-Proto: https\r\n"),
+            "\x16\x03\x01"):
             ask(port, request)
         lines = [process.stderr.readline() for _ in range(4 + (os.geteuid() == 0))]
     (tmp_path / "err.log").write_bytes(b"".join(lines))
-    done = subprocess.run(["fail2ban-regex", str(tmp_path / "err.log"), str(tmp_path / "owahttps.conf")], stdout=subprocess.PIPE)
+    done = subprocess.run(["fail2ban-regex", str(tmp_path / "err.log"), str(tmp_path / "owahttps.conf")],
+        stdout=subprocess.PIPE)
     assert b" 2 matched" in done.stdout, done.stdout.decode()
 
 
@@ -2298,7 +2392,8 @@ def test_version():
 def test_flags(flags):
     if flags == "-Xdev":
         flags = ["-X", "dev", "-W", "error"]
-    done = subprocess.run([sys.executable] + ([flags] if isinstance(flags, str) else flags) + [SCRIPT, "selftest", "--quiet"],
+    done = subprocess.run([sys.executable] + ([flags] if isinstance(flags, str) else flags) + [SCRIPT, "selftest",
+        "--quiet"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"") and b" 0 failed" in done.stdout
 
@@ -2314,8 +2409,10 @@ def test_from_anywhere(tmp_path):
     try:
         for argv, settings in (([str(folder / "owahttps.py")], dict(env=dict(bare, LANG="C", LC_ALL="C"))),
                                (["owahttps.py"], dict(cwd=str(folder), env=dict(bare, LC_ALL="C"))),
-                               (["-B", "-m", "owahttps"], dict(cwd=str(folder))), (["-"], dict(input=source().encode()))):
-            done = subprocess.run([sys.executable] + argv + ["selftest", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+                               (["-B", "-m", "owahttps"], dict(cwd=str(folder))),
+                               (["-"], dict(input=source().encode()))):
+            done = subprocess.run([sys.executable] + argv + ["selftest", "--quiet"], stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, **settings)
             assert (done.returncode, done.stderr) == (0, b"") and b" 0 failed" in done.stdout
     finally:
         os.chmod(str(folder), 0o755)
@@ -2323,7 +2420,7 @@ def test_from_anywhere(tmp_path):
 
 
 def test_what_differs_on_windows(monkeypatch):
-    """Each difference, simulated: select()'s 512 sockets, an exclusive port, http.sys; no server here is one on Windows."""
+    """Each difference, simulated: select()'s 512 sockets, an exclusive port, http.sys."""
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "resource", None)
     assert owahttps._connection_cap(0) == 500
@@ -2339,7 +2436,8 @@ def test_what_differs_on_windows(monkeypatch):
 def test_output_that_cannot_be_written():
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([sys.executable, SCRIPT, "generate"], stdout=full, stderr=subprocess.PIPE, universal_newlines=True)
+            done = subprocess.run([sys.executable, SCRIPT, "generate"], stdout=full, stderr=subprocess.PIPE,
+                universal_newlines=True)
         assert done.returncode == 1 and done.stderr == "owahttps: error: No space left on device\n"
     process = subprocess.Popen([sys.executable, SCRIPT, "generate"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -2348,14 +2446,16 @@ def test_output_that_cannot_be_written():
 
 
 @linux
-@pytest.mark.parametrize("argv, code", [(["check", "a..b"], 3), (["serve", "--status", "999"], 2), (["serve", "--bogus"], 2)])
+@pytest.mark.parametrize("argv, code",
+    [(["check", "a..b"], 3), (["serve", "--status", "999"], 2), (["serve", "--bogus"], 2)])
 def test_exit_codes_with_a_full_disk(argv, code):
     with open("/dev/full", "wb") as full:
         assert subprocess.run([sys.executable, SCRIPT] + argv, stderr=full).returncode == code
 
 
 @linux
-@pytest.mark.parametrize("argv, code", [(["check", "nowhere.invalid"], 3), (["check", "a b"], 3), (["generate", "nope"], 2), (["generate", "--asp"], 0)])
+@pytest.mark.parametrize("argv, code",
+    [(["check", "nowhere.invalid"], 3), (["check", "a b"], 3), (["generate", "nope"], 2), (["generate", "--asp"], 0)])
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
 def test_exit_codes_with_closed_files(argv, code, closed):
     """A monitor that closes standard error must never read a crash as a verdict."""
@@ -2375,7 +2475,8 @@ def test_colour_is_for_terminals(monkeypatch, capsys):
 # ---- Other servers ---------------------------------------------------------------------------------------------------
 
 def find(*names):
-    return next((path for path in (shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") for name in names) if path), None)
+    return next((path for path in (shutil.which(name,
+        path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") for name in names) if path), None)
 
 
 NGINX = """daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log {dir}/error.log;
@@ -2417,7 +2518,8 @@ def peer(name, text, port, folder):
     with open(conf, "w") as file:
         file.write(around.format(dir=folder, text=text))
     environment = dict(os.environ, HOME=folder, XDG_DATA_HOME=folder, XDG_CONFIG_HOME=folder)
-    done = subprocess.run([program] + [word.format(conf=conf) for word in check], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    done = subprocess.run([program] + [word.format(conf=conf) for word in check], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
                           env=environment)
     assert done.returncode == 0, done.stdout.decode()
     process = subprocess.Popen([program] + [word.format(conf=conf) for word in start], stdout=subprocess.DEVNULL,
@@ -2443,7 +2545,7 @@ def failures(port, rule):
     return {what for what, expected, got in results if got not in expected.split("|")}
 
 
-# What a recipe's server does otherwise than the decision, from the README's table: N nginx, A Apache, H HAProxy, C Caddy.
+# What a recipe's server does otherwise than decided, as in the README's table: N nginx, A Apache, H HAProxy, C Caddy.
 DIFFERS = {
     'unknown method': "N", 'OPTIONS *': "NAHC", 'Expect: 100-continue gets the final answer': "N",
     'Host in capitals': "C", 'IPv6 Host': "C", 'IPv6 Host that is none': "NHC",
@@ -2460,7 +2562,8 @@ DIFFERS = {
     'ACME token that is none': "NAC", 'ACME token through a symbolic link': "NAC"}
 
 
-RULES = [RedirectRule(), RedirectRule(keep_path=True, status=308), RedirectRule(host="mail.example.com", https_port=8443, path="/owa"),
+RULES = [RedirectRule(), RedirectRule(keep_path=True, status=308),
+    RedirectRule(host="mail.example.com", https_port=8443, path="/owa"),
          RedirectRule(allow_hosts=("mail.example.com",), health="/health", acme_dir="{tokens}")]
 
 
@@ -2484,7 +2587,8 @@ def test_servers(name, rule, tmp_path, token_folder):
 @contextlib.contextmanager
 def demo(*argv):
     """`owahttps.py demo` on free ports: its URL."""
-    process = subprocess.Popen([sys.executable, SCRIPT, "demo", "--port", str(free_port()), "--https-port", str(free_port())] + list(argv),
+    process = subprocess.Popen([sys.executable, SCRIPT, "demo", "--port", str(free_port()), "--https-port",
+        str(free_port())] + list(argv),
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         yield process.stdout.readline().split()[0].decode()
@@ -2504,7 +2608,8 @@ def test_curl_follows_to_the_stub():
         done = subprocess.run(["curl", "-4si0", "-H", "Host:", url], stdout=subprocess.PIPE)
         assert done.returncode == 0 and b"HTTP/1.1 400 Bad Request" in done.stdout
     with demo("--before") as url:
-        assert b"HTTP 403.4 - Forbidden: SSL required" in subprocess.run(["curl", "-4si", url], stdout=subprocess.PIPE).stdout
+        assert b"HTTP 403.4 - Forbidden: SSL required" in subprocess.run(["curl", "-4si", url],
+            stdout=subprocess.PIPE).stdout
 
 
 def test_the_demo_tells_what_happened():
@@ -2513,7 +2618,8 @@ def test_the_demo_tells_what_happened():
 
     def page(url):
         url = owahttps.parse_url(url)
-        return owahttps.fetch(url, (url.name, url.port), trust if url.scheme == "https" else None, "%s:%d" % (url.name, url.port), 5)
+        return owahttps.fetch(url, (url.name, url.port), trust if url.scheme == "https" else None,
+            "%s:%d" % (url.name, url.port), 5)
     with demo() as url:
         url = url.replace("localhost", "127.0.0.1")
         secure = page(url + "mail?x").location
@@ -2522,19 +2628,23 @@ def test_the_demo_tells_what_happened():
         told = page(secure).body
         assert "You typed" not in told and "302" not in told and "straight" in told
     with demo("--before") as url:
-        secure = re.findall("<code>(https://localhost:[0-9]+/exchange)<", page(url.replace("localhost", "127.0.0.1")).body)[0]
+        secure = re.findall("<code>(https://localhost:[0-9]+/exchange)<",
+            page(url.replace("localhost", "127.0.0.1")).body)[0]
         assert "302" not in page(secure.replace("localhost", "127.0.0.1")).body
 
 
 @pytest.mark.parametrize("argv, shows", [
-    ([], ["You are on HTTPS", "HTTP/1.1 302 Found", "/exchange</code>", "TLSv1.3"]), (["--before"], ["HTTP 403.4 - Forbidden: SSL required"])])
+    ([], ["You are on HTTPS", "HTTP/1.1 302 Found", "/exchange</code>", "TLSv1.3"]),
+    (["--before"], ["HTTP 403.4 - Forbidden: SSL required"])])
 def test_chromium_ends_on_the_page(argv, shows, tmp_path):
     chromium = find("chromium", "chromium-browser", "google-chrome")
     if not chromium:
         pytest.skip("no chromium here")
     with demo(*argv) as url:
-        done = subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                               "--disable-background-networking", "--disable-component-update", "--ignore-certificate-errors",
+        done = subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-sync",
+                               "--disable-background-networking", "--disable-component-update",
+                               "--ignore-certificate-errors",
                                "--user-data-dir=" + str(tmp_path), "--dump-dom", url + "mail?x=%22%3E"],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
     for text in shows + (["/mail?x=%22%3E</code>"] if not argv else []):
