@@ -4,15 +4,16 @@
 # ///
 """owahttps: whoever types http:// lands on https://host/exchange by itself.
 
-The cure of Microsoft's article Q279681 ("How to Force SSL Encryption for an OWA 2000 Client") for any box: copy this
-one file there and run it.  It needs CPython 3.6 or newer and nothing else.
+The cure of Microsoft's article Q279681 ("How to Force SSL Encryption for an
+OWA 2000 Client") for any box: copy this one file there and run it.
+It needs CPython 3.6 or newer and nothing else.
 
-  sudo python3 owahttps.py serve --user nobody            http://HOST/anything -> https://HOST/exchange
-  python3 owahttps.py serve --port 8080 --path /owa       try it without root
-  python3 owahttps.py generate                            the article's ASP page and IIS steps
-  python3 owahttps.py selftest                            prove the redirect against an HTTPS stub on localhost
-  python3 owahttps.py check mail.example.com              is port 80 of this site handled right?
-  python3 owahttps.py demo --open                         show it in a browser
+  sudo python3 owahttps.py serve --user nobody        to https://HOST/exchange
+  python3 owahttps.py serve --port 8080 --keep-path   to the same path
+  python3 owahttps.py generate                        the article: page, steps
+  python3 owahttps.py selftest                        prove the redirect, here
+  python3 owahttps.py check mail.example.com          is port 80 there right?
+  python3 owahttps.py demo --open                     show it in a browser
 
 owahttps.py COMMAND --help tells the rest.
 """
@@ -2187,7 +2188,8 @@ Redirect plain HTTP to HTTPS, until a signal.
 --max-connections N=0   cap; 0 is what the file descriptor limit allows
 --quiet                 no access log
 
-The access log goes to standard output in Combined Log Format; everything else to standard error.
+The access log goes to standard output in Combined Log Format; everything else
+to standard error.
 examples:
   sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
   owahttps.py serve --port 8080 --keep-path --status 308
@@ -2206,9 +2208,9 @@ RECIPE=exchange2000     one of --list
 --http-port NUMBER=80   the port of plain HTTP
 
 examples:
-  owahttps.py generate                                     the article: ASP page and IIS steps
-  owahttps.py generate --asp > Owahttps.asp                the page alone
-  owahttps.py generate exchange2019 --host mail.example.com --path /owa --script > owahttps.cmd
+  owahttps.py generate                        the article: page and IIS steps
+  owahttps.py generate --asp > Owahttps.asp   the page alone
+  owahttps.py generate exchange2019 --host mail.example.com --write .
   owahttps.py generate nginx --keep-path --status 308
 """, "selftest": """\
 Prove the redirect, end to end and case by case.
@@ -2582,7 +2584,9 @@ def build_parser(argv: List[str]) -> _Parser:
     commands.required = True
     for name in argv[:1] if argv[0] in USAGE else USAGE:
         what, rows, rest = USAGE[name].split("\n\n", 2)
-        command = commands.add_parser(name, help=what, description=what, epilog=rest, formatter_class=layout)
+        usage = " ".join(["%(prog)s [options]"] + re.findall(r"(?m)^[A-Z]+[.]*", rows))
+        command = commands.add_parser(name, usage=usage, help=what, description=what, epilog=rest,
+                                      formatter_class=layout)
         _add_options(command, rows)
         rule = [row for row in RULE_OPTIONS.splitlines(True) if row.split()[0] not in LEFT_OUT.get(name, ())]
         _add_options(command.add_argument_group("the rule"), "".join(rule), argparse.SUPPRESS)
