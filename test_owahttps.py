@@ -42,6 +42,7 @@ from owahttps import HostError, RedirectHandler, RedirectRule, RedirectServer, R
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "owahttps.py")
+os.environ["COLUMNS"] = "80"        # what --help is laid out for
 DATE = b"Sun, 06 Nov 1994 08:49:37 GMT"
 MAIL = "https://mail.example.com"
 
@@ -2323,7 +2324,6 @@ def readme():
 
 
 def help_of(command):
-    os.environ["COLUMNS"] = "80"
     return run(*([command] if command else []) + ["--help"])[1]
 
 
