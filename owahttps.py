@@ -1327,8 +1327,8 @@ STUB_PAGE = """\
   @media (prefers-color-scheme: dark) {{ :root {{ --good: #5fd38d; --bad: #ff8a80; }} }}
   body {{ font: 1.05rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1.2rem; }}
   h1 {{ font-size: 1.5rem; color: var(--{mood}); text-wrap: balance; }}
-  li {{ margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .5rem; list-style: decimal inside; }}
-  ol {{ padding: 0; }}
+  li {{ margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .5rem; }}
+  ol {{ padding: 0; list-style: decimal inside; }}
   code {{ display: block; margin-top: .3rem; font-size: .95rem; overflow-wrap: anywhere; white-space: pre-wrap; }}
 </style>
 <h1>{title}</h1>
