@@ -142,10 +142,11 @@ class RedirectRule(_RuleFields):
         allowed = [_name_alone(name) for name in rule.allow_hosts]
         if host and allowed:
             allowed.insert(0, host)
-        for path in (rule.path, rule.health or "/"):
+        for option, path in ("path", rule.path), ("health", rule.health or "/"):
             if not _PATH.fullmatch(path):
-                raise RuleError("path %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /" % path)
-        if rule.health in (rule.path, "/"):
+                raise RuleError("%s %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /"
+                                % (option, path))
+        if rule.health == "/" or (rule.health == rule.path and not rule.keep_path):
             raise RuleError("--health %a is where everybody lands or begins: it takes a path of its own" % rule.health)
         if not 1 <= rule.https_port <= 65535:
             raise RuleError("https port %d is not in 1-65535" % rule.https_port)
@@ -354,7 +355,7 @@ class Log:
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
         self.lines: Deque[str] = deque(maxlen=self.WAITING)
-        self.taken = self.written = self.told = 0       # lines; each number is counted by one thread alone
+        self.taken = self.written = self.told = 0       # lines; of the access log, each is counted by one thread alone
         self._more, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -520,18 +521,18 @@ class RedirectHandler(BaseHTTPRequestHandler):
     def send(self) -> None:
         """Send what there is to send; then it is another client's turn, or this one's next request, or the end."""
         try:
-            while self.outgoing:
+            if self.outgoing:
                 self.outgoing = self.outgoing[self.request.send(self.outgoing):]
         except BlockingIOError:
-            self.waits_for = selectors.EVENT_WRITE
+            pass
         except OSError:
             self.waits_for = 0
-        else:
-            if self.close_connection and not self.draining:
-                self._drain()
-            elif self.waits_for:
-                more = self.searched < len(self.buffer)
-                self.waits_for = selectors.EVENT_WRITE if more else selectors.EVENT_READ
+            return
+        if self.close_connection and not self.outgoing and not self.draining:
+            self._drain()
+        elif self.waits_for:
+            more = self.outgoing or self.searched < len(self.buffer)
+            self.waits_for = selectors.EVENT_WRITE if more else selectors.EVENT_READ
 
     def _drain(self) -> None:
         """The last answer is sent; where the client may still send, to close at once would reset that answer."""
@@ -582,7 +583,8 @@ class _HTTPServer(HTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
 
-OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, getattr(errno, "WSAEMFILE", errno.EMFILE))
+NO_DESCRIPTOR = (errno.EMFILE, getattr(errno, "WSAEMFILE", errno.EMFILE))
+OUT_OF_RESOURCES = NO_DESCRIPTOR + (errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class RedirectServer(_HTTPServer):
@@ -666,7 +668,7 @@ class RedirectServer(_HTTPServer):
             overdue = list(islice(self._overdue(now), 64))
             self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
             for handler in overdue:
-                if handler.buffer.strip() and handler.waits_for == selectors.EVENT_READ:
+                if handler.deadline < now and handler.buffer.strip() and handler.waits_for == selectors.EVENT_READ:
                     handler.log_error("refused: no whole request head in time")
                 self._drop(handler)
 
@@ -691,10 +693,10 @@ class RedirectServer(_HTTPServer):
             except OSError as error:
                 if error.errno not in OUT_OF_RESOURCES:
                     continue                # that client is gone already
-                if not self._new and self._connections:
-                    self._drop(next(iter(self._connections)))
+                if not self._new and self._connections and error.errno in NO_DESCRIPTOR:
+                    self._drop(next(iter(self._connections)))       # it gives up its own
                 elif not self._new:
-                    time.sleep(0.1)         # nobody else waits, and a turn without rest would spin
+                    time.sleep(0.01)        # a turn without rest would spin
                     more = False
                 break
             try:
@@ -744,7 +746,8 @@ class RedirectServer(_HTTPServer):
             with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
                 self._selector.unregister(handler.request)
         handler.waits_for = 0
-        self.close_request(handler.request)
+        if handler.request.fileno() >= 0:
+            self.close_request(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
         """One line about the exception under way; it costs that connection and nothing else."""
@@ -832,6 +835,7 @@ ABOUT = """\
 +article| - Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.
 +article| - Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected forever.
 +article| - The script and its undo were never run on Windows: read them first.
+ - Click the steps or run owahttps.cmd, not both. owahttps-undo.cmd takes back the script, not the clicks.
 +iis6| - The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).
 +iis6| - On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.
 +redirect|The root of Default Web Site redirects to {url}
@@ -847,7 +851,7 @@ ABOUT = """\
 +since2016|   <remove name="CustomErrorModule" /> (keep a copy), and look again after every cumulative update.
 +since2016| - Under Extended Protection (on by default from Exchange 2019 CU14) /owa keeps Require SSL: with method
 +since2016|   redirect, http://HOST/owa then answers 403.4. Method 403.4 does both.
-+redirect| - Status 308 needs IIS 10.
++308| - Status 308 needs IIS 10.
 """
 STEPS = {
     "article": """\
@@ -889,6 +893,7 @@ STEPS = {
  5. At once, every virtual directory, PowerShell and Rpc too: HTTP Redirect, clear "Only redirect requests to content in
     this directory (not subdirectories)" and "Redirect requests to this destination", Apply.
  6. Select the server; Actions: Restart.
+    To take it back: clear the redirect of step 4, then set the SSL settings as noted in step 2; Restart.
 """,
     "403.4": """\
  1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
@@ -897,7 +902,7 @@ STEPS = {
 +exchange2007|    "Insert content from static file into the error response", %windir%\\owahttps\\owahttps.htm
 -exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
 -exchange2007|    "Respond with a 302 redirect", {url}
-    OK.
+    OK.  To take it back: remove this entry.
 """}
 CMD = """\
 @echo off
@@ -927,6 +932,7 @@ rem For the last resort, appcmd restore backup "NAME", which takes back later ch
 END_7 = """\
 %APPCMD% list config "%SITE%" -section:%SECTION% | findstr /i /r /c:"%PRESENT%" >nul
 if errorlevel 1 echo Not in effect: a web.config in the directory of %SITE% overrides it.& exit /b 1
+echo Done. Test it from another machine. owahttps-undo.cmd takes it back.
 exit /b 0
 :fail
 echo Stopped half-way. The undo script takes back what was set.
@@ -1025,7 +1031,7 @@ exit /b 0
 ::v]  Merge "403,4,URL,/owaasp/owahttps.asp"
 ::v]  node.AccessSSL = True   ' where 128-bit is required, also: node.AccessSSL128 = True
 ::v]Else
-::v]  Merge WScript.Arguments(1)
+::v]  If WScript.Arguments(1) <> "none" Then Merge WScript.Arguments(1)
 ::v]  If WScript.Arguments(2) = "0" Then node.AccessSSL = False
 ::v]End If
 ::v]node.SetInfo
@@ -1062,16 +1068,15 @@ del "%KEEP%\\403-4.txt"
 if not exist "%KEEP%\\before.txt" echo Nothing to undo.& exit /b 1
 set "SSL=1"
 findstr /x /c:"AccessSSL=0" "%KEEP%\\before.txt" >nul && set "SSL=0"
-set "WAS="
+set "WAS=none"
 for /f "delims=" %%E in ('findstr /b /c:"403,4," "%KEEP%\\before.txt"') do set "WAS=%%E"
-if not defined WAS echo There was no 403;4 before: set it to Default in Custom Errors.& exit /b 1
+if "%WAS%"=="none" echo There was no 403;4 before: set it to Default in Custom Errors.
 cscript //nologo "%KEEP%\\metabase.vbs" undo "%WAS%" %SSL% | findstr /x /c:"done" || exit /b 1
 move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
 rem The Owaasp directory stays, and so does the permission to run ASP.
 """ + RESTART}
 VERIFY = """\
-+redirect|http://{host}/ leads to https; check finds critical what does not (the deep link, and {path} where it keeps
-+redirect|Require SSL).
++redirect|Right is: http://{host}/ ok, and iis-403.4 for the deep link, and for {path} where it keeps Require SSL.
 From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
 +article|By https, as before: Public, OMA, ActiveSync, Exchange System Manager.
 -article|By https, as before: OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell
@@ -1080,7 +1085,7 @@ From another machine: python3 owahttps.py check {host}{colon_port}{check_options
 STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
 
 
-def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, site: int) -> List[Part]:
+def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str = "", site: int = 0) -> List[Part]:
     """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
     later ones by `method`, "redirect" or "" (Microsoft's procedure) or "403.4" (what became of the article's)."""
     what, peculiar = EXCHANGE[name]
@@ -1096,11 +1101,12 @@ def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str, 
                 (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
                 (rule.allow_hosts or rule.health or rule.acme_dir, "cannot do --allow-host, --health or --acme-dir"),
                 (http_port != 80, "is for port 80"),
+                (site, "takes no --site: that is for IIS 5 and 6"),
                 (rule.status != 302 and method == "403.4", "with method 403.4 has status 302 alone"),
                 (rule.status == 308 and "until2013" in peculiar, "has no status 308: that needs IIS 10"))
-    marks = [name, method] + peculiar.split()
+    marks = [name, method, str(rule.status)] + peculiar.split()
     values = dict(
-        rule._asdict(), what=what, method=method, http_port=http_port, site=site, host=rule.host or "HOST",
+        rule._asdict(), what=what, method=method, http_port=http_port, site=site or 1, host=rule.host or "HOST",
         url=rule.location("SERVER_NAME", "/"), folder="Exchange" if folder == "exchange" else folder,
         status_name=STATUS_NAMES[rule.status], page="".join("::a]%s\n" % line for line in page.splitlines()),
         check_options=options(rule), colon_port="" if http_port == 80 else ":%d" % http_port)
@@ -1427,7 +1433,8 @@ Connection: close\r
 """
 INTERIM = re.compile(rb"HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n")       # 103 Early Hints and the like
 REDIRECT = re.compile(rb"HTTP/1\.[01] 3[^\0]*?\n\r?\n")
-MAX_REQUESTS = 16           # to an address; of the first ones, not counting the forged one, each is made in any case
+MAX_HOPS = 10               # of one redirect: it has no end beyond
+MAX_REQUESTS = 16           # to one address, before the last few
 MAX_ANSWER = 64 * 1024      # bytes that are read of one response
 HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
 EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "unknown": 3, "critical": 2}    # the monitoring world's; mildest first
@@ -1437,7 +1444,7 @@ SEVERITIES = list(EXIT_CODES)
 _FINDING = r"(?m)^(\w+) +(\S+): (.*(?:\n .*)*)"
 FINDINGS = {id: (severity, " ".join(text.split())) for severity, id, text in re.findall(_FINDING, """\
 ok       redirection-to-https: {url} goes to {location}
-ok       redirection-not-needed-no-http: {origin} is closed and HTTPS answers: nothing is left to redirect
+ok       redirection-not-needed-no-http: {origin} does not answer, HTTPS does: nothing is left to redirect
 unknown  address-unreachable: {address} cannot be reached from here ({error}): -4 or -6 leaves it out
 unknown  host-unknown: {host} has no address to ask: {error}
 critical http-no-answer: {url} gives no answer: {error}
@@ -1454,7 +1461,7 @@ critical redirection-not-to-https: {url} ends at {location}: it must end on http
 warning  redirection-off-host-from-http: {url} first leads to another host, {location}: lead to https on the same host
     first
 critical redirects.insecure.subsequent: {url} leads back to plain HTTP, {location}
-warning  redirects.too_many: {url} takes {count} hops: lead to the last one at once
+warning  redirects.too_many: {url} takes more than 3 hops: lead to the last one at once
 critical redirects.too_many.loop: {url} is redirected without end, at least for who keeps no cookies. Behind a load
     balancer that ends TLS, redirect there and not on the server
 critical proxy-loop: {url} answers 421: the proxy that ends TLS sends HTTPS traffic to the redirect. Send it to the
@@ -1469,8 +1476,8 @@ critical redirection-invalid-cert.not-yet-valid: the certificate of {origin} beg
 critical redirection-invalid-cert.name: the certificate of {origin} does not name {host}: get one that does, or
     redirect to a name it has (--host)
 critical redirection-invalid-cert.self-signed: the certificate of {origin} is self-signed: get one from an authority
-critical redirection-invalid-cert.chain: the certificate of {origin} does not lead to a trusted authority: send the
-    intermediate certificates, or give --ca-file
+critical redirection-invalid-cert.chain: the certificate of {origin} does not lead to a trusted authority ({reason}):
+    send the intermediate certificates, or give --ca-file
 warning  cert-expires-soon: the certificate of {origin} expires {date}, in {days} days: renew it
 warning  response.no_header: {url} sends no usable Strict-Transport-Security: a browser will try http:// first again
 warning  header.preloadable.max_age.too_low: {url} has a Strict-Transport-Security max-age of {age} s, under half a year
@@ -1592,11 +1599,12 @@ def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: s
     with _connected(url, address, context, seconds) as sock:
         # A redirect is read to the end of its head: some load balancers leave the connection open after it.
         data, error = _exchange(sock, request, deadline - time.monotonic(), lambda data: REDIRECT.match(_final(data)))
+    data = _final(data)
     if error and not re.search(rb"\n\r?\n", data):
         raise error
     if not data:
         raise ConnectionError("closed without an answer")
-    head, *body = re.split(r"\n\r?\n", _final(data).decode("latin-1"), maxsplit=1)
+    head, *body = re.split(r"\n\r?\n", data.decode("latin-1"), maxsplit=1)
     line, *lines = re.split(r"\r?\n", head.rstrip("\r"))      # RFC 9112 §2.2: a lone LF ends a line too
     match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
     if not match or not body:
@@ -1680,6 +1688,7 @@ class _SiteCheck:
         except (ssl.CertificateError, ssl.SSLError) as error:       # the first is no SSLError in Python 3.6
             if isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
+            self.reason = (re.findall(r"verify failed: (.+) \(_ssl", str(error)) or ["Python 3.6 does not say why"])[0]
             return b"", {}
 
     def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
@@ -1709,7 +1718,7 @@ class _SiteCheck:
         # And, whatever its name and its own time, does it lead to a trusted authority?
         if not trusted and not passes(self.trust, False, 0 if begin <= now <= end else 0x200000):
             self_signed = fields and fields["issuer"] == fields["subject"]
-            found("redirection-invalid-cert." + ("self-signed" if self_signed else "chain"))
+            found("redirection-invalid-cert." + ("self-signed" if self_signed else "chain"), reason=self.reason)
         return context
 
     def _ask(self, url: Url) -> Optional[Response]:
@@ -1784,11 +1793,13 @@ class _SiteCheck:
                 self.found("redirects.insecure.subsequent", url, location=following)
             seen.append(url)
             url = following
-            if url in seen or len(self._answers) >= MAX_REQUESTS:
+            if len(seen) == 4:
+                self.found("redirects.too_many", start)
+            if url in seen or len(seen) == MAX_HOPS:
                 self.found("redirects.too_many.loop", start)
                 return
-        if len(seen) > 3:
-            self.found("redirects.too_many", start, count=len(seen))
+            if url not in self._answers and len(self._answers) >= MAX_REQUESTS:
+                return
         if url.scheme == "https" and response.status == 421:
             self.found("proxy-loop", url)
         elif url.scheme == "https" and response.status >= 500:
@@ -1877,7 +1888,7 @@ def check(target: str, expected: Optional[Fields] = None, connect: str = "", fam
     connect   "host:port" to ask instead, for the same name; a port of its own is for plain HTTP alone
     family    socket.AF_INET or AF_INET6; 0 is both, and the worst of all addresses counts
     trust     cafile, capath or cadata of ssl.create_default_context(); none: the system's authorities
-    seconds   for each request, of which there are at most some 20 an address
+    seconds   for each request, of which there are at most some 20 an address, and handshakes besides
 
     Never raises for what a server does; ValueError for a target that is none, RuleError for a rule that cannot be.
     """
@@ -1984,7 +1995,7 @@ path //evil.example stays a path [keep_path] | 302 TO//evil.example/x | GET //ev
 path and query, byte for byte [keep_path]    | 302 TO/%0d%0aA:b/%2F%00/../x? |
     GET /%0d%0aA:b/%2F%00/../x? HTTP/1.1$HOST$&
 outside the URL's grammar is encoded [keep_path] | 302 TO/%5Cevil%22%3C%3E%E9 | GET /\\evil"<>\xe9 HTTP/1.1$HOST$&
-name that is not allowed [allow_hosts]       | 421             | GET / HTTP/1.1$Host: other.example$&
+name that is not allowed [allow_hosts]       | 421             | GET / HTTP/1.1$Host: not-allowed.invalid$&
 name that is not allowed, nor a name [allow_hosts] | 400             | GET / HTTP/1.1$Host: evil#x.mail.example.com$&
 health check [health]                        | 200             | GET /health HTTP/1.1$HOST$&
 ACME token [acme_dir]                        | 200 |
@@ -2154,17 +2165,6 @@ class _LastRedirect:
                     self.rule.status, PHRASES[self.rule.status], self.rule.location(name, target)))]
 
 
-def _next_free(port: int, server: Callable[..., Any], *settings: Any, **fields: Any) -> Any:
-    """This server on loopback, at the first port from this one on that is free."""
-    for candidate in range(port, min(port + 100, 65536)):
-        try:
-            return server(("127.0.0.1", candidate), *settings, **fields)
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-    raise OSError(errno.EADDRINUSE, "ports %d to %d are all in use" % (port, port + 99))
-
-
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 # Each command: what it does; its options, a row each (NAME is one of VALUES, "NAME..." is taken more than once, "=80"
@@ -2204,12 +2204,12 @@ RECIPE=exchange2000     one of --list
 --undo                  print the commands that take it back alone
 --write DIR             write the files there instead, never over one that differs
 --method METHOD         Exchange 2007 and later: redirect (Microsoft's, the default), or 403.4 (the article's)
---site SITE=1           IIS 5 and 6: the Web site's number
+--site SITE             IIS 5 and 6: the Web site's number (1)
 --http-port NUMBER=80   the port of plain HTTP
 
 examples:
   owahttps.py generate                        the article: page and IIS steps
-  owahttps.py generate --asp > Owahttps.asp   the page alone
+  owahttps.py generate --asp --write .        the page alone, as a file
   owahttps.py generate exchange2019 --host mail.example.com --write .
   owahttps.py generate nginx --keep-path --status 308
 """, "selftest": """\
@@ -2283,7 +2283,7 @@ def _number(low: float, high: float) -> Callable[[str], Any]:
 
 VALUES: Dict[str, Fields] = {       # what an option takes, by its NAME, where that is not any text
     "PORT": {"type": _number(0, 65535)}, "CODE": {"type": int}, "NUMBER": {"type": _number(1, 65535)},
-    "N": {"type": _number(0, 10 ** 6)}, "SITE": {"type": _number(1, 2 ** 31 - 1)},     # IIS 6 hashes a site's name
+    "N": {"type": _number(0, 10 ** 6)}, "SITE": {"type": _number(1, 2 ** 31 - 1), "default": 0},    # IIS 6 hashes names
     "SECONDS": {"type": _number(0.1, 9999.0)},
     "METHOD": {"choices": ("redirect", "403.4")}, "RECIPE": {"choices": list(RECIPES)}}
 
@@ -2292,8 +2292,8 @@ def _add_options(parser: Any, rows: str, unset: str = "") -> None:
     row = r"(?m)^(-\S+ )?([A-Z:]+)?(\.\.\.)?(?:=(\S+))? +(.+)$"
     for option, metavar, many, default, text in re.findall(row, rows):
         name = (option or metavar.lower()).strip()
-        settings = dict(VALUES.get(metavar, {}), help=text + (" (%s)" % default if default else ""))
-        settings.update({"metavar": metavar} if metavar else {"action": "store_true"}, default=default or unset)
+        settings = dict({"default": default or unset}, help=text + (" (%s)" % default if default else ""))
+        settings.update(dict(VALUES.get(metavar, {}), metavar=metavar) if metavar else {"action": "store_true"})
         if many and option:
             settings.update(action="append", dest=name[2:].replace("-", "_") + "s")
         elif not option:
@@ -2344,6 +2344,18 @@ def _bind_trouble(error: OSError, host: str, port: int) -> str:
     return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
 
 
+def _next_free(port: int, server: Callable[..., Any], *settings: Any, **fields: Any) -> Any:
+    """This server on loopback, at the first port from this one on that is free."""
+    for candidate in range(port, min(port + 100, 65536)):
+        try:
+            return server(("127.0.0.1", candidate), *settings, **fields)
+        except OSError as error:
+            trouble = OSError(_bind_trouble(error, "127.0.0.1", candidate))
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES if sys.platform == "win32" else 0):
+                break
+    raise trouble
+
+
 def _connection_cap(wanted: int) -> int:
     """As many connections as wanted, else what some 50 MB hold while they wait; no more than file descriptors allow."""
     try:
@@ -2368,7 +2380,7 @@ def _drop_to(user: str) -> None:
     except (ImportError, KeyError):
         raise OSError("there is no user %a here" % user) from None
     except OSError as error:
-        raise OSError("cannot become user %a: %s" % (user, error.strerror)) from None
+        raise OSError("cannot become user %a: %s; that takes root" % (user, error.strerror)) from None
 
 
 def _on_signal(stop: Callable[[], Any]) -> None:
@@ -2429,7 +2441,7 @@ def _write_files(folder: str, parts: List[Part]) -> None:
     """Write the parts that are files; nothing at all if one would take the place of a file that says something else."""
     if not os.path.isdir(folder):
         raise OSError("--write %a is not a folder" % folder)
-    files = {}
+    files, there = {}, []
     for part in parts:
         if part.file:
             path = os.path.join(folder, part.file)
@@ -2438,11 +2450,13 @@ def _write_files(folder: str, parts: List[Part]) -> None:
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 if file.read() != files[path]:
                     raise OSError("%s says something else: move it, or write elsewhere" % path)
+                there.append(path)
     if not files:
         raise RuleError("--write: none of these parts is a file")
     for path, data in files.items():
-        with contextlib.suppress(FileExistsError), open(path, "xb") as file:    # what is there says the same
-            file.write(data)
+        if path not in there:
+            with open(path, "xb") as file:
+                file.write(data)
         print(os.path.basename(path))       # the folder's name may be beyond a code page
 
 
@@ -2452,13 +2466,13 @@ def command_generate(args: argparse.Namespace) -> int:
             print("%-14s%s" % (name, what))
         return 0
     fields = _rule_fields(args)
-    if args.recipe in EXCHANGE and "article" not in EXCHANGE[args.recipe][1]:
+    if args.recipe in EXCHANGE and "article" not in EXCHANGE[args.recipe][1] and "keep_path" not in fields:
         fields.setdefault("path", "/owa")       # since Exchange 2007
     rule = _rule(fields, args.http_port)
     if args.recipe in EXCHANGE:
         parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
     else:
-        _refuse(args.recipe, (args.method, "is no Exchange: it takes no --method"))
+        _refuse(args.recipe, (args.method or args.site, "is no Exchange: it takes no --method and no --site"))
         parts = server_recipe(args.recipe, rule, args.http_port)
     asked = [name for name in ("asp", "steps", "script", "undo") if getattr(args, name)]
     if asked:
@@ -2504,7 +2518,7 @@ def command_selftest(args: argparse.Namespace) -> int:
         socket.create_connection((site.name.strip("[]"), site.port), 5).close()
     except OSError as error:
         raise OSError("%s gives no answer: %s" % (site, _reason(error))) from None
-    return _report(try_cases((site.name.strip("[]"), site.port), RedirectRule(**_rule_fields(args))), args.quiet)
+    return _report(try_cases((site.name.strip("[]"), site.port), _rule(_rule_fields(args), 0)), args.quiet)
 
 
 def command_check(args: argparse.Namespace) -> int:
@@ -2515,6 +2529,7 @@ def command_check(args: argparse.Namespace) -> int:
         ssl.create_default_context(**trust)
     except OSError as error:
         raise RuleError("--ca-file %a: %s" % (args.ca_file, _pem_trouble(error))) from None
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # else Ctrl-C would wait for all that is asked and to be asked
     ipv4, ipv6 = vars(args)["4"], vars(args)["6"]
     family = 0 if ipv4 == ipv6 else socket.AF_INET if ipv4 else socket.AF_INET6
     RedirectRule(**fields)
@@ -2551,10 +2566,10 @@ def command_demo(args: argparse.Namespace) -> int:
     if args.key and not args.cert:
         raise RuleError("--key %a is the key of no --cert" % args.key)
     with running(_next_free(args.https_port, StubServer, args.cert, args.key, last.story)) as (_, https_port):
-        last.rule = rule = RedirectRule(**dict(_rule_fields(args), https_port=https_port))
+        last.rule = rule = _rule(dict(_rule_fields(args), https_port=https_port), 0)
         if args.before:
             server = _next_free(args.port, _ThreadingServer, BeforeHandler)
-            server.story = lambda _: [("In this demo that is:", rule.location("localhost", "/"))]
+            server.story = lambda _: [("In this demo, type:", rule.location("localhost", "/"))]
         else:
             server = _next_free(args.port, RedirectServer, rule=rule, access_log=last)
         last.port = server.server_port
@@ -2584,7 +2599,8 @@ def build_parser(argv: List[str]) -> _Parser:
     commands.required = True
     for name in argv[:1] if argv[0] in USAGE else USAGE:
         what, rows, rest = USAGE[name].split("\n\n", 2)
-        usage = " ".join(["%(prog)s [options]"] + re.findall(r"(?m)^[A-Z]+[.]*", rows))
+        words = ["[%s]" % word if default else word for word, default in re.findall(r"(?m)^([A-Z]+[.]*)(=?)", rows)]
+        usage = " ".join(["%(prog)s [options]"] + words)
         command = commands.add_parser(name, usage=usage, help=what, description=what, epilog=rest,
                                       formatter_class=layout)
         _add_options(command, rows)
@@ -2601,7 +2617,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     for name in ("stderr", "stdout"):
         if not getattr(sys, name):      # Python's None for one that was closed
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))
-            _say("standard output is closed: nobody will see what goes there")
+            if name == "stdout":
+                _say("standard output is closed: nobody will see what goes there")
     wrong_usage, failed = (3, 3) if argv[0] == "check" else (2, 1)
     run = {"serve": command_serve, "generate": command_generate, "selftest": command_selftest, "check": command_check,
            "demo": command_demo}
