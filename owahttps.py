@@ -900,6 +900,7 @@ STEPS = {
  2. SSL Settings, here and on owa: Require SSL is selected.
 +exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
 +exchange2007|    "Insert content from static file into the error response", %windir%\\owahttps\\owahttps.htm
++exchange2007|    (a file that you make: <meta http-equiv="refresh" content="0;url={url}">)
 -exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
 -exchange2007|    "Respond with a 302 redirect", {url}
     OK.  To take it back: remove this entry.
@@ -954,7 +955,7 @@ if exist "%KEEP%\\sslflags.txt" echo %KEEP%\\sslflags.txt is there: run the undo
 %APPCMD% list vdir /text:vdir.name | findstr /b /i /l /c:"%SITE%/" > "%KEEP%\\vdirs.txt" || goto fail
 rem Two plain directories, which are not in that list.
 for %%D in (aspnet_client owa/auth) do >>"%KEEP%\\vdirs.txt" echo %SITE%/%%D
-for /f "usebackq delims=" %%V in ("%KEEP%\\vdirs.txt") do call :keep "%%V" || goto fail
+for /f "usebackq delims=" %%V in ("%KEEP%\\vdirs.txt") do set "V=%%V"& call :keep || goto fail
 %APPCMD% set config "%SITE%" -section:access -sslFlags:None -commit:apphost || goto fail
 +since2016|rem Reached by plain HTTP, /owa redirects by itself. Under Extended Protection it must not be reached so.
 +since2016|%APPCMD% list config "%SITE%/owa" -section:system.webServer/security/authentication/windowsAuthentication \
@@ -966,7 +967,6 @@ iisreset /noforce
 """ + END_7 + """\
 rem Nail down the SSL settings a directory has now, and no redirect: then it inherits neither from the root.
 :keep
-set "V=%~1"
 if "%V:~-1%"=="/" set "V=%V:~0,-1%"
 set "F="
 for /f tokens^=1-4^ delims^=^" %%A in ('%APPCMD% list config "%V%" -section:access ^| findstr sslFlags') do \
@@ -978,7 +978,7 @@ echo "%V%": %F%
 if /i "%V%"=="%SITE%" exit /b 0
 %APPCMD% set config "%V%" -section:access -sslFlags:%F% -commit:apphost || exit /b 1
 %APPCMD% list config "%V%" -section:system.webServer/httpRedirect | findstr /i /r "enabled=.true." >nul
-if not errorlevel 1 echo %V% has a redirect of its own: left alone.& exit /b 0
+if not errorlevel 1 echo "%V%" has a redirect of its own: left alone.& exit /b 0
 %APPCMD% set config "%V%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
 exit /b
 """,
@@ -1049,7 +1049,8 @@ exit /b 0
 UNDO = {
     "redirect": CMD + """\
 if not exist "%KEEP%\\sslflags.txt" echo Nothing to undo.& exit /b 1
-%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
+%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost \
+|| set "FAILED=1"
 for /f "usebackq tokens=1,* delims=*" %%A in ("%KEEP%\\sslflags.txt") do \
 %APPCMD% set config "%%~B" -section:access -sslFlags:%%A -commit:apphost || set "FAILED=1"
 if defined FAILED exit /b 1
@@ -1060,6 +1061,10 @@ if exist "%ExchangeInstallPath%ClientAccess\\OAB\\web.config" dir "%ExchangeInst
 """,
     "403.4": CMD + """\
 if not exist "%KEEP%\\403-4.txt" echo Nothing to undo.& exit /b 1
++exchange2007|set "OURS=owahttps.htm"
+-exchange2007|set "OURS={url}"
+%APPCMD% list config "%SITE%" -section:system.webServer/httpErrors | findstr /i /l /c:"%OURS%" >nul
+if errorlevel 1 del "%KEEP%\\403-4.txt"& echo Another entry, or none, is in its place: left alone.& exit /b 1
 %APPCMD% set config "%SITE%" -section:system.webServer/httpErrors /-"[statusCode='403',subStatusCode='4']" \
 /commit:apphost || exit /b 1
 del "%KEEP%\\403-4.txt"
@@ -1800,14 +1805,17 @@ class _SiteCheck:
                 return
             if url not in self._answers and len(self._answers) >= MAX_REQUESTS:
                 return
-        if url.scheme == "https" and response.status == 421:
-            self.found("proxy-loop", url)
-        elif url.scheme == "https" and response.status >= 500:
-            self.found("https-error", url, status=response.status)
-        elif seen and url.scheme == "http":
+        self._judge_last(start, url, response)
+
+    def _judge_last(self, start: Url, url: Url, response: Response) -> None:
+        if url.scheme == "http" and url != start:
             self.found("redirection-not-to-https", start, location=url)
         elif url.scheme == "http":
             self._judge_missing(url, response)
+        elif response.status == 421:
+            self.found("proxy-loop", url)
+        elif response.status >= 500:
+            self.found("https-error", url, status=response.status)
 
     def _judge_missing(self, url: Url, response: Response) -> None:
         iis, about_ssl = "IIS" in (response.field("server") or ""), "403[.;]4|secured? (with|channel)"

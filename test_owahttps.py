@@ -2339,7 +2339,7 @@ def source():
         return file.read()
 
 
-CAP = 2648
+CAP = 2656
 
 
 def test_size_is_a_feature():
