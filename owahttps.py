@@ -74,7 +74,9 @@ _ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 _PATH = re.compile(r"/[A-Za-z0-9._~/-]*")
 ACME_PREFIX = "/.well-known/acme-challenge/"
 # Anything else in a request target is percent-encoded, and so is a "%" that encodes nothing (RFC 3986 §3.3, §3.4).
-_OUTSIDE_URL = re.compile(r"[^A-Za-z0-9._~:/?@!$&'()*+,;=%-]|%(?![0-9A-Fa-f]{2})")
+_IN_URL = re.compile(r"[A-Za-z0-9._~:/?@!$&'()*+,;=%-]")
+_ENCODED = {code: "%%%02X" % code for code in range(256) if not _IN_URL.match(chr(code))}
+_LONE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
 
 @lru_cache(maxsize=1024)
@@ -170,7 +172,7 @@ class RedirectRule(_RuleFields):
         """
         path = self.path
         if self.keep_path or target.startswith(ACME_PREFIX):    # a certificate authority follows to the same path alone
-            path = _OUTSIDE_URL.sub(lambda match: "%%%02X" % ord(match.group()), target)
+            path = _LONE_PERCENT.sub("%25", target).translate(_ENCODED)
         return "https://" + self.authority(name) + path
 
 
@@ -437,7 +439,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
     head_seconds = 10.0         # for a whole request head
     idle_seconds = 15.0         # from an answer to the next request; also for a client to take its answers
     drain_seconds = 5.0         # for what the client still sends after its last answer,
-    drain_at_most = 4096        # in so many pieces
+    drain_at_most = 1 << 25     # bytes of it
     receive_at_once = 8192      # bytes
     answers_at_once = 32        # to pipelined requests, before it is another client's turn
 
@@ -454,6 +456,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.drained = 0
         self.waits_for = selectors.EVENT_READ       # or EVENT_WRITE; 0 when it is done, and the socket may be closed
         self.registered = 0         # for which of them the selector knows it
+        self.held = 0               # what its bytes count for in the server's sum
         self.deadline = time.monotonic() + self.head_seconds
 
     def finish(self) -> None:
@@ -465,6 +468,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
+        """A step each; on a blocking socket that is a request or more."""
         self.receive()
         self.reply()
         self.send()
@@ -480,10 +484,10 @@ class RedirectHandler(BaseHTTPRequestHandler):
         except OSError:
             data = b""
         self.unread = len(data) == self.receive_at_once     # there may be more
-        if not data or self.drained == self.drain_at_most:
+        if not data or self.drained > self.drain_at_most:
             self.waits_for = 0
         elif self.draining:
-            self.drained += 1
+            self.drained += len(data)
         else:
             self.buffer += data
 
@@ -592,7 +596,7 @@ class RedirectServer(_HTTPServer):
 
     server_address   (host, port); host "" is every address, IPv6 and IPv4 in one socket where the system can; port 0 is
                      a free one.  The real address is in the attribute of the same name.
-    max_connections  at the cap, the connection that has waited longest makes room for a new one
+    max_connections  at the cap, the connection that has waited longest makes room for a new one; beyond max_bytes too
     access_log, error_log   anything with write(str), or None
 
     serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver, but at its end
@@ -601,7 +605,7 @@ class RedirectServer(_HTTPServer):
     request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
     grace_seconds = 2.0         # after a stop, for requests that are under way
     at_once = 24                # connections that take their steps together
-    max_bytes = 32 * 1024 * 1024    # of unfinished heads and unsent answers
+    max_bytes = 16 * 1024 * 1024    # of unfinished heads and unsent answers
     rule = RedirectRule()
 
     def __init__(self, server_address: Address, RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
@@ -610,6 +614,7 @@ class RedirectServer(_HTTPServer):
         self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
         # Who waits longest comes first; with the deadline that was set when the wait began.
         self._connections: OrderedDict[RedirectHandler, float] = OrderedDict()
+        self._held = 0                              # bytes, by all of them
         self._new: List[RedirectHandler] = []       # who was accepted in this turn
         self.stopping, self._stopped = False, threading.Event()
         self._stopped.set()
@@ -665,21 +670,12 @@ class RedirectServer(_HTTPServer):
             if not self.stopping:
                 self._accept()
         if now >= self._next_sweep:
-            overdue = list(islice(self._overdue(now), 64))
+            overdue = list(islice((handler for handler in self._connections if handler.deadline < now), 64))
             self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
             for handler in overdue:
-                if handler.deadline < now and handler.buffer.strip() and handler.waits_for == selectors.EVENT_READ:
+                if handler.buffer.strip() and handler.waits_for == selectors.EVENT_READ:
                     handler.log_error("refused: no whole request head in time")
                 self._drop(handler)
-
-    def _overdue(self, now: float) -> Iterator[RedirectHandler]:
-        """Who is past the deadline, or has waited longest where all together hold more than max_bytes."""
-        held = 0
-        for handler in reversed(self._connections):
-            size = len(handler.buffer) + len(handler.outgoing)
-            held += size
-            if handler.deadline < now or (size and held > self.max_bytes):
-                yield handler
 
     def _accept(self) -> bool:
         """Take a few clients and serve them; whether there may be more."""
@@ -729,7 +725,7 @@ class RedirectServer(_HTTPServer):
                 self._drop(handler)
 
     def _settle(self, handler: RedirectHandler) -> None:
-        """Have the selector wait for what this handler waits for; beyond the cap, who has waited longest makes room."""
+        """Have the selector wait for what this handler waits for; beyond a limit, who has waited longest makes room."""
         if not handler.registered:
             self._selector.register(handler.request, handler.waits_for, handler)
         elif handler.registered != handler.waits_for:
@@ -738,14 +734,17 @@ class RedirectServer(_HTTPServer):
         if self._connections.get(handler) != handler.deadline:
             self._connections[handler] = handler.deadline
             self._connections.move_to_end(handler)
-        if len(self._connections) > self.max_connections:
+        size = len(handler.buffer) + len(handler.outgoing)
+        handler.held, self._held = size, self._held + size - handler.held
+        while len(self._connections) > self.max_connections or self._held > self.max_bytes:
             self._drop(next(iter(self._connections)))
 
     def _drop(self, handler: RedirectHandler) -> None:
         if self._connections.pop(handler, None):
             with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
                 self._selector.unregister(handler.request)
-        handler.waits_for = 0
+        self._held -= handler.held
+        handler.waits_for = handler.held = 0
         if handler.request.fileno() >= 0:
             self.close_request(handler.request)
 
