@@ -240,8 +240,9 @@ def _has_body(fields: Fields) -> bool:
         return bool(length.strip("0"))
     if "content-length" in fields:
         raise Refusal(400, "both Content-Length and Transfer-Encoding")
-    if fields["transfer-encoding"].rpartition(",")[2].strip("\t ").lower() != "chunked":
-        raise Refusal(400, "Transfer-Encoding does not end in chunked")
+    codings = [coding.strip("\t ").lower() for coding in fields["transfer-encoding"].split(",")]
+    if codings.count("chunked") != 1 or codings[-1] != "chunked":
+        raise Refusal(400, "Transfer-Encoding does not end in chunked, once")
     return True
 
 

@@ -1030,6 +1030,7 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     (b"Transfer-Encoding: chunked\r\n\r\n0\r\nHost: evil.example\r\n\r\n", [b"302"]),
     (b"Transfer-Encoding: identity\r\n\r\n", [b"400"]),
     (b"Transfer-Encoding: xchunked\r\n\r\n", [b"400"]), (b"Transfer-Encoding: gzip,\tChunked\r\n\r\n", [b"302"]),
+    (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", [b"400"]),
     (b"Transfer-Encoding: chunked, gzip\r\n\r\n", [b"400"]), (b"Transfer-Encoding: \x85chunked\r\n\r\n", [b"400"]),
     (b"Transfer-Encoding:\r\n chunked\r\n\r\n", [b"400"]),
     (b"Transfer-Encoding : chunked\r\n\r\n", [b"400"]), (b"X: x\nTransfer-Encoding: chunked\r\n\r\n", [b"400"]),
@@ -2340,7 +2341,7 @@ def source():
         return file.read()
 
 
-CAP = 2655
+CAP = 2656
 
 
 def test_size_is_a_feature():
