@@ -290,6 +290,21 @@ def _log_escape(text: str, most: int = MAX_LOGGED) -> str:
     return _OUTSIDE_LOG.sub(lambda match: "\\x%02X" % ord(match.group()), text[:most])[:most]
 
 
+def _fields(status: int, location: str, length: int, close: bool) -> str:
+    """The response's fields from the end of the Date on, and the empty line."""
+    lines = "\r\nServer: owahttps\r\n"
+    if location:
+        lines += "Location: %s\r\n" % location
+    if status in (204, 405):
+        lines += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
+    if status != 204:
+        kind = "plain" if status in (200, 404) else "html"
+        lines += "Content-Type: text/%s; charset=utf-8\r\nContent-Length: %d\r\n" % (kind, length)
+    if close:
+        lines += "Connection: close\r\n"
+    return lines + "\r\n"
+
+
 def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) -> Answer:
     """One request head in, one answer out; token_file holds what the ACME token asked for by the head maps to.
 
@@ -316,23 +331,14 @@ def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) 
         close = unread = True
         title = "%d %s" % (status, PHRASES[status])
         body = PAGE % (title, title, refusal)
-    rest = "\r\nServer: owahttps\r\n"
-    if location:
-        rest += "Location: %s\r\n" % location
-    if status in (204, 405):
-        rest += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
-    if status != 204:
-        rest += "Content-Type: text/%s; charset=utf-8\r\nContent-Length: %d\r\n" % (
-            "plain" if status in (200, 404) else "html", len(body))
-    if close:
-        rest += "Connection: close\r\n"
+    rest = _fields(status, location, len(body), close)
     if line.startswith("HEAD "):
         body = ""
     log = '"%s" %d %d "%s" "%s"' % (
         _log_escape(line), status, len(body),
-        _log_escape(fields.get("referer", "-")), _log_escape(fields.get("user-agent", "-")))
+        _log_escape(fields.get("referer") or "-"), _log_escape(fields.get("user-agent") or "-"))
     start = "" if text.startswith("\x16") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
-    return Answer(start.encode(), (rest + "\r\n" + body).encode("latin-1"), close, unread, log, refusal, token)
+    return Answer(start.encode(), (rest + body).encode("latin-1"), close, unread, log, refusal, token)
 
 
 def is_hopeless(buffer: bytes, new: int) -> bool:

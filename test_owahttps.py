@@ -2341,7 +2341,7 @@ def source():
         return file.read()
 
 
-CAP = 2656
+CAP = 2662
 
 
 def test_size_is_a_feature():
