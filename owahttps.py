@@ -475,7 +475,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
-        """A step each; on a blocking socket that is a request or more."""
+        """Receive, answer and send once; on a blocking socket each waits for the client."""
         self.receive()
         self.reply()
         self.send()
@@ -841,7 +841,6 @@ ABOUT = """\
 +article| - Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.
 +article| - Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected forever.
 +article| - The script and its undo were never run on Windows: read them first.
- - Click the steps or run owahttps.cmd, not both. owahttps-undo.cmd takes back the script, not the clicks.
 +iis6| - The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).
 +iis6| - On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.
 +redirect|The root of Default Web Site redirects to {url}
@@ -850,6 +849,7 @@ ABOUT = """\
 +403.4|A browser on the server itself is shown a detailed error instead: test from another machine.
 -article| - Not where TLS ends before this server: redirect there. Never on the site "Exchange Back End".
 -article| - Nobody has run these scripts on Windows yet: read them first.
+ - Click the steps or run owahttps.cmd, not both. owahttps-undo.cmd takes back the script, not the clicks.
 +exchange2007| - Response mode Redirect crashes OWAAppPool on this version: method 403.4 serves a file with a refresh.
 +exchange2007|   Its status stays 403: a browser follows it, but owahttps.py check reports the 403.
 +until2013| - Method redirect serves the bare host name: http://HOST/owa may still answer 403.4. Method 403.4 does both.
@@ -1087,7 +1087,7 @@ move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
 rem The Owaasp directory stays, and so does the permission to run ASP.
 """ + RESTART}
 VERIFY = """\
-+redirect|Right is: http://{host}/ ok, and iis-403.4 for the deep link, and for {path} where it keeps Require SSL.
++redirect|Right is: http://{host}/ is ok; where {path} keeps Require SSL, it and the deep link are iis-403.4.
 From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
 +article|By https, as before: Public, OMA, ActiveSync, Exchange System Manager.
 -article|By https, as before: OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell
@@ -1395,6 +1395,7 @@ class _ThreadingServer(ThreadingMixIn, _HTTPServer):
 
 
 def _pem_trouble(error: OSError) -> str:
+    """What is wrong with a file of certificates or keys, without OpenSSL's own words."""
     return "not what it should be, in PEM" if isinstance(error, ssl.SSLError) else error.strerror or str(error)
 
 
@@ -1774,6 +1775,7 @@ class _SiteCheck:
 
     def _next(self, url: Url, response: Response) -> Optional[Url]:
         """Where this redirect leads; None, and a finding, if nowhere."""
+        # Several different ones are none, for browsers too: the blank between them is no part of a URL.
         location = ", ".join(sorted({value for name, value in response.fields if name == "location"}))
         try:
             following = parse_url(urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else "")

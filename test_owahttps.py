@@ -2341,7 +2341,7 @@ def source():
         return file.read()
 
 
-CAP = 2662
+CAP = 2664
 
 
 def test_size_is_a_feature():
