@@ -2,11 +2,11 @@
 # /// script
 # requires-python = ">=3.6"
 # ///
-"""owahttps: whoever types http:// lands on https://host/exchange by itself.
+"""Redirect plain HTTP to HTTPS, so that http://HOST/ leads to https://HOST/exchange.
 
-The cure of Microsoft's article Q279681 ("How to Force SSL Encryption for an
-OWA 2000 Client") for any box: copy this one file there and run it.
-It needs CPython 3.6 or newer and nothing else.
+This is the fix of Microsoft's article Q279681 ("How to Force SSL Encryption
+for an OWA 2000 Client"), for any machine.  Copy this one file there and run
+it: it needs CPython 3.6 or newer and nothing else.
 
   sudo python3 owahttps.py serve --user nobody        to https://HOST/exchange
   python3 owahttps.py serve --port 8080 --keep-path   to the same path
@@ -17,11 +17,31 @@ It needs CPython 3.6 or newer and nothing else.
 
 owahttps.py COMMAND --help tells the rest.
 """
+
+# A map of this file.  Each function stands below what it uses.
+#
+#   Part one: the article
+#     The rule        where plain HTTP goes: a RedirectRule
+#     The answer      one request head in, one answer out; no I/O
+#     The log         lines that never make the listener wait
+#     The listener    a handler and a server around that answer
+#     The article     the ASP page and the 18 steps in IIS
+#     The stub        an HTTPS server on localhost
+#     The self-test   listener and stub, and a table of hostile requests
+#     The demo        listener and stub, for a person with a browser
+#   Part two: beyond the article
+#     Recipes         the same rule for newer Exchange and for other servers
+#     The check       the rule verified on a live site
+#   Command line      the arguments of each command, and what it does
+
 import argparse
 import contextlib
+import difflib
 import errno
+import http.client
 import os
 import re
+import select
 import selectors
 import signal
 import socket
@@ -31,541 +51,908 @@ import sys
 import tempfile
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from email.utils import formatdate
 from functools import lru_cache
 from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
-from itertools import islice
-from operator import methodcaller
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 from urllib.parse import urljoin
 
-__all__ = ["HostError", "RedirectHandler", "RedirectRule", "RedirectServer", "RuleError", "asp_page", "check",
-           "server_name"]
-__version__ = "1.0"
+__all__ = [
+    "HostError",
+    "RedirectHandler",
+    "RedirectRule",
+    "RedirectServer",
+    "RuleError",
+    "answer",
+    "asp_page",
+    "check",
+    "server_name",
+]
+__version__ = "2.0"
 
-Address = Tuple[str, int]       # host and port, as sockets have it
-Fields = Dict[str, Any]         # those of a rule or of a message, by name
-Pairs = List[Tuple[str, str]]   # a field's name and its value each, or a sentence and its detail
+Address = Tuple[str, int]  # a host and a port, as sockets take them
 
 
-# ---- The rule --------------------------------------------------------------------------------------------------------
+# ======== Part one: the article =======================================================
+
+
+# ---- The rule ------------------------------------------------------------------------
+
 
 class RuleError(ValueError):
-    """A rule that cannot be, or that a rendering cannot express; its text is one line for the person who asked."""
+    """An invalid rule, or one that cannot be expressed somewhere; the text is one line."""
 
 
 class HostError(RuleError):
-    """Not a server name."""
+    """The text is not a server name."""
 
 
-# RFC 9110 §7.2: Host = uri-host [ ":" port ].  Of RFC 3986's hosts only those that a certificate can name: labels of
-# letters, digits and inner "-" and "_", or an IP address; no userinfo, no percent-encoding, no zone.
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
-_OCTAL = r"(?!.*(?:[:.]0[0-9]+\.|\.0[0-9]+\]))"      # in an IPv4 address within [IPv6], Python refuses it from 3.9.5 on
-_AUTHORITY = re.compile(r"(?:(?P<name>%s(?:\.%s)*)\.?|(?P<ipv6>\[%s[0-9A-Fa-f:.]+\]))(?P<port>:[0-9]{0,5})?"
-                        % (_LABEL, _LABEL, _OCTAL))
-# WHATWG URL §3.5: a browser takes a host whose last label is a number for an IPv4 address, and refuses a wrong one.
-_ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
-# RFC 3986 §2.3, unreserved characters: every server's configuration, cmd.exe and VBScript take them literally.
-_PATH = re.compile(r"/[A-Za-z0-9._~/-]*")
-ACME_PREFIX = "/.well-known/acme-challenge/"
-# Anything else in a request target is percent-encoded, and so is a "%" that encodes nothing (RFC 3986 §3.3, §3.4).
-_IN_URL = re.compile(r"[A-Za-z0-9._~:/?@!$&'()*+,;=%-]")
-_ENCODED = {code: "%%%02X" % code for code in range(256) if not _IN_URL.match(chr(code))}
-_LONE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+# RFC 9110 section 7.2: Host = uri-host [ ":" port ].  Of the hosts of RFC 3986 we take only
+# those that a certificate can name: labels of letters, digits and inner "-" and "_", or an IP
+# address.  There is no userinfo, no percent-encoding and no IPv6 zone.
+LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+AUTHORITY = re.compile(rf"(?:({LABEL}(?:\.{LABEL})*)\.?|(\[[0-9A-Fa-f:.]+\]))(?::([0-9]{{0,5}}))?")
+# WHATWG URL section 3.5: a browser takes a host whose last label is a number for an IPv4
+# address, and refuses it if it is not a valid one.
+ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
+# CPython accepts leading zeros in an IPv4 address before 3.9.5, and refuses them since.
+LEADING_ZERO = re.compile(r"(?:^|[:.])0[0-9]+\.|\.0[0-9]+$")
+# RFC 3986 section 2.3, the unreserved characters: every server's configuration, cmd.exe and
+# VBScript take them literally.
+RULE_PATH = re.compile(r"/[A-Za-z0-9._~/-]*")
+# Paths that machines ask for, in any case of letters: RFC 8615 (certificate authorities, MTA-STS
+# and others) and Autodiscover.  They keep their path: their clients want one certain file.
+MACHINE_PATH = re.compile(r"/(?i:\.well-known|autodiscover)/")
+# In a request target everything else is percent-encoded, and so is a "%" that does not begin an
+# encoded byte (RFC 3986 sections 3.3 and 3.4).
+OUTSIDE_URL = re.compile(r"[^A-Za-z0-9._~:/?@!$&'()*+,;=%-]|%(?![0-9A-Fa-f]{2})")
+STATUSES = (301, 302, 307, 308)
+
+
+def is_address(host: str) -> bool:
+    """Whether this is an IPv4 address or an IPv6 address without brackets."""
+    if LEADING_ZERO.search(host):
+        return False
+    try:
+        IPv6Address(host) if ":" in host else IPv4Address(host)
+    except AddressValueError:
+        return False
+    return True
+
+
+def split_authority(text: str) -> Tuple[str, int]:
+    """Take "name[:port]" apart: the server name, and the port, 0 where none is given.
+
+    The name is in lower case and without a trailing dot; IPv6 keeps its brackets.
+
+    >>> split_authority("Mail.Example.com.:8080")
+    ('mail.example.com', 8080)
+
+    Raises HostError for anything else than a name or an address with an optional port.
+    """
+    match = AUTHORITY.fullmatch(text)
+    if not match:
+        raise HostError(
+            f"{text[:300]!a} is not a server name "
+            "(letters, digits, - _ ., xn-- for others, or [IPv6]; then an optional :PORT)"
+        )
+    name = (match.group(1) or match.group(2)).lower()
+    if len(name) > 253:
+        raise HostError(f"{text[:300]!a} is longer than the 253 characters of a server name")
+    if match.group(2) or ENDS_IN_NUMBER.fullmatch(name):
+        if not is_address(name.strip("[]")):
+            raise HostError(f"{text!a} is not an IP address")
+    port = int(match.group(3) or 0)
+    if port > 65535 or (match.group(3) and port == 0):
+        raise HostError(f"{text!a} has a port that is not in 1-65535")
+    return name, port
 
 
 @lru_cache(maxsize=1024)
 def server_name(authority: str) -> str:
-    """The server name in a Host field: lower case, without port and trailing dot; IPv6 keeps its brackets.
+    """Return the server name of a Host field or another authority, as split_authority() does."""
+    return split_authority(authority)[0]
 
-    >>> server_name("Mail.Example.com.:8080")
-    'mail.example.com'
 
-    Raises HostError for anything that is not strictly a name or an address, with an optional port 1-65535.
-    """
-    match = _AUTHORITY.fullmatch(authority)
-    if not match or not 1 <= int((match.group("port") or "")[1:] or 80) <= 65535:
-        raise HostError("%a is not a server name (letters, digits, - _ ., xn-- for others, or [IPv6]; port 1-65535)"
-                        % authority[:300])
-    name = (match.group("name") or match.group("ipv6")).lower()
-    try:
-        if match.group("ipv6"):
-            IPv6Address(name[1:-1])
-        elif _ENDS_IN_NUMBER.fullmatch(name) and str(IPv4Address(name)) != name:    # "01" passes before Python 3.9.5
-            raise AddressValueError
-    except AddressValueError:
-        raise HostError("%a is not an IP address" % authority) from None
-    if len(name) > 253:
-        raise HostError("%a is longer than a server name's 253 characters" % authority)
+def with_port(name: str, port: int, default: int) -> str:
+    """Return name[:port]; the default port of a scheme is not written."""
+    return name if port == default else f"{name}:{port}"
+
+
+def host_of_rule(text: str) -> str:
+    """Return the server name; HostError where there is a port beside it."""
+    name, port = split_authority(text)
+    if port:
+        raise HostError(f"{text!a} has a port: a rule takes only the name, see --https-port")
     return name
 
 
-def _name_alone(text: str) -> str:
-    """A server name that has no port beside it."""
-    name = server_name(text)
-    if ":" in text.rpartition("]")[2]:
-        raise HostError("%a has a port: a rule's host is a name alone, see --https-port" % text)
-    return name
+def check_types(kind: Any, **values: Any) -> None:
+    """Raise RuleError for a value that is of another type."""
+    for name, value in values.items():
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            wanted = {str: "text", int: "a whole number"}.get(kind, "a list")
+            raise RuleError(f"{name} {value!a} is not {wanted}")
 
 
-class _RuleFields(NamedTuple):
-    path: str = "/exchange"
-    host: str = ""
-    https_port: int = 443
-    status: int = 302
-    keep_path: bool = False
-    allow_hosts: Tuple[str, ...] = ()
-    health: str = ""
-    acme_dir: str = ""
+def check_paths(**paths: str) -> None:
+    """Raise RuleError for a path that a rule cannot have."""
+    for name, path in paths.items():
+        if not RULE_PATH.fullmatch(path):
+            raise RuleError(
+                f"{name} {path!a} does not begin with '/', "
+                "or has characters other than A-Z a-z 0-9 . _ ~ - /"
+            )
 
 
-class RedirectRule(_RuleFields):
+def percent_encoded(match: "re.Match[str]") -> str:
+    """Return one character below U+0100 in percent-encoding."""
+    return f"%{ord(match.group()):02X}"
+
+
+class RuleFields(NamedTuple):
+    """The fields of a RedirectRule, in order."""
+
+    path: str
+    host: str
+    https_port: int
+    status: int
+    keep_path: bool
+    allow_hosts: Tuple[str, ...]
+    health: str
+    acme_dir: str
+    api: Tuple[str, ...]
+
+
+class RedirectRule(RuleFields):
     """Where plain HTTP goes: a request for server name H goes to https://H[:https_port]path.
 
-    path         where everyone lands; with keep_path the request's own path and query stay instead
-    host         this name instead of the requested one ("": the requested one)
-    status       301, 302, 307 or 308; 302 is what the article's Response.Redirect sends, and no browser keeps it
+    path         where every request leads
+    host         lead to this name instead of the requested one ("": the requested one)
+    https_port   lead to this port
+    status       301, 302, 307 or 308; 302 is what the article's Response.Redirect sends, and
+                 no browser keeps it
+    keep_path    keep the path and query of the request, instead of `path`
     allow_hosts  the only names that are redirected (empty: every name); host is one of them
-    health       a path that answers 200 instead ("": none)
-    acme_dir     a folder of ACME http-01 token files that are served instead ("": none)
+    health       a path that answers 200 ("": none)
+    acme_dir     a folder with token files of ACME http-01, which are served ("": none)
+    api          paths below which the answer is 403: a client of an API would follow a
+                 redirect each time, and send its secret in clear each time
 
-    A rule that cannot be is never made: RuleError says why, in one line.
+    RuleError says in one line why a rule is invalid.
     """
+
     __slots__ = ()
 
-    def __new__(cls, *args: Any, **fields: Any) -> "RedirectRule":
-        rule = super().__new__(cls, *args, **fields)
-        host = _name_alone(rule.host) if rule.host else ""
-        allowed = [_name_alone(name) for name in rule.allow_hosts]
+    def __new__(
+        cls,
+        path: str = "/exchange",
+        host: str = "",
+        https_port: int = 443,
+        status: int = 302,
+        keep_path: bool = False,
+        allow_hosts: Sequence[str] = (),
+        health: str = "",
+        acme_dir: str = "",
+        api: Sequence[str] = (),
+    ) -> "RedirectRule":
+        check_types(str, path=path, host=host, health=health, acme_dir=acme_dir)
+        check_types(int, https_port=https_port, status=status)
+        check_types((list, tuple), allow_hosts=allow_hosts, api=api)
+        for one in (*allow_hosts, *api):
+            check_types(str, **{"one of allow_hosts or api": one})
+        check_paths(path=path, health=health or "/")
+        for one in api:
+            check_paths(api=one)
+        if not 1 <= https_port <= 65535:
+            raise RuleError(f"https port {https_port} is not in 1-65535")
+        if status not in STATUSES:
+            raise RuleError(f"status {int(status)} is not one of 301, 302, 307, 308")
+        if health == "/" or (health == path and not keep_path):
+            raise RuleError(f"health {health!a} is where every request leads: give it its own path")
+        if "/" in api:
+            raise RuleError("api '/' would leave nothing to redirect")
+        host = host_of_rule(host) if host else ""
+        allowed = [host_of_rule(name) for name in allow_hosts]
         if host and allowed:
             allowed.insert(0, host)
-        for option, path in ("path", rule.path), ("health", rule.health or "/"):
-            if not _PATH.fullmatch(path):
-                raise RuleError("%s %a does not begin with '/' or has characters beside A-Z a-z 0-9 . _ ~ - /"
-                                % (option, path))
-        if rule.health == "/" or (rule.health == rule.path and not rule.keep_path):
-            raise RuleError("--health %a is where everybody lands or begins: it takes a path of its own" % rule.health)
-        if not 1 <= rule.https_port <= 65535:
-            raise RuleError("https port %d is not in 1-65535" % rule.https_port)
-        if rule.status not in (301, 302, 307, 308):
-            raise RuleError("status %d is not one of 301, 302, 307, 308" % rule.status)
-        return super().__new__(cls, **dict(rule._asdict(), host=host, allow_hosts=tuple(dict.fromkeys(allowed))))
+        return super().__new__(
+            cls,
+            path,
+            host,
+            int(https_port),
+            int(status),
+            bool(keep_path),
+            tuple(dict.fromkeys(allowed)),
+            health,
+            acme_dir,
+            tuple(one.rstrip("/").lower() for one in api),
+        )
 
     @classmethod
-    def _make(cls, fields: Iterable[Any]) -> "RedirectRule":    # type: ignore  # _replace() goes through it
+    def _make(cls, fields: Iterable[Any]) -> "RedirectRule":  # type: ignore[override]
+        """Make a rule of its fields in order; _replace() goes through here, so it validates too."""
         return cls(*fields)
 
     def authority(self, name: str) -> str:
-        """Host and port of the redirect's target, for a request for this server name."""
-        return (self.host or name) + ("" if self.https_port == 443 else ":%d" % self.https_port)
+        """Return host and port of the target, for a request for this server name."""
+        return with_port(self.host or name, self.https_port, 443)
+
+    def keeps_path(self, target: str) -> bool:
+        """Return whether this request target (path and query) keeps its path."""
+        return self.keep_path or MACHINE_PATH.match(target) is not None
 
     def location(self, name: str, target: str) -> str:
-        """The Location for a request for this server name and request target (path and query).
+        """Return the Location for a request for this server name and request target.
 
         >>> RedirectRule(keep_path=True).location("mail.example.com", '/a"b?c')
         'https://mail.example.com/a%22b?c'
         """
         path = self.path
-        if self.keep_path or target.startswith(ACME_PREFIX):    # a certificate authority follows to the same path alone
-            path = _LONE_PERCENT.sub("%25", target).translate(_ENCODED)
-        return "https://" + self.authority(name) + path
+        if self.keeps_path(target):
+            path = OUTSIDE_URL.sub(percent_encoded, target)
+        return f"https://{self.authority(name)}{path}"
+
+    def is_api(self, path: str) -> bool:
+        """Return whether this path is one of `api` or below one, in any case of letters."""
+        path = path.lower()
+        return any(path == one or path.startswith(one + "/") for one in self.api)
 
 
-# ---- The answer ------------------------------------------------------------------------------------------------------
+def command_options(rule: RedirectRule) -> str:
+    """Return the rule as command line options, each with a blank before it."""
+    default = RedirectRule()
+    words = ""
+    if rule.path != default.path:
+        words += f" --path {rule.path}"
+    if rule.keep_path:
+        words += " --keep-path"
+    if rule.host:
+        words += f" --host {rule.host}"
+    if rule.https_port != default.https_port:
+        words += f" --https-port {rule.https_port}"
+    if rule.status != default.status:
+        words += f" --status {rule.status}"
+    words += "".join(f" --allow-host {name}" for name in rule.allow_hosts)
+    words += "".join(f" --api {path}" for path in rule.api)
+    if rule.acme_dir:
+        words += f" --acme-dir {rule.acme_dir}"
+    if rule.health:
+        words += f" --health {rule.health}"
+    return words
 
-MAX_TARGET = 8 * 1024       # bytes of a request target: 414 beyond
-MAX_HEAD = 32 * 1024        # bytes of a request head: 431 beyond
-MAX_KEPT = 2 * 1024         # bytes of a head whose answer may be kept for the next one like it
-MAX_LOGGED = 1000           # characters of each field of a log line
-PHRASES = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "Found", 307: "Temporary Redirect",
-           308: "Permanent Redirect", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
-           414: "URI Too Long", 421: "Misdirected Request", 431: "Request Header Fields Too Large",
-           505: "HTTP Version Not Supported"}
-PAGE = "<!DOCTYPE html>\n<title>%s</title>\n<h1>%s</h1>\n<p>%s\n"
-MOVED = PAGE % ("Object moved", "Object moved", 'This object may be found <a href="%s">here</a>.')
+
+# ---- The answer ----------------------------------------------------------------------
+
+MAX_TARGET = 8 * 1024  # bytes of a request target: 414 beyond
+MAX_HEAD = 32 * 1024  # bytes of a request head: 431 beyond
+MAX_TOKEN = 64 * 1024  # bytes of an ACME token's file
+MAX_LOGGED = 1000  # characters of each field of a log line
+
+# Not http.HTTPStatus: its phrases differ between versions of Python, and ours are RFC 9110's.
+PHRASES = {
+    200: "OK",
+    204: "No Content",
+    301: "Moved Permanently",
+    302: "Found",
+    307: "Temporary Redirect",
+    308: "Permanent Redirect",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    414: "URI Too Long",
+    421: "Misdirected Request",
+    431: "Request Header Fields Too Large",
+    505: "HTTP Version Not Supported",
+}
 NO_NAME = "not one server name and port in Host or target"
-LOOP = ("redirect loop: X-Forwarded-Proto says that a proxy already speaks HTTPS and sends its traffic here; "
-        "send HTTPS to the application, and plain HTTP alone to this redirect")
+LOOP = (
+    "redirect loop: the request says that a proxy already speaks HTTPS and sends its traffic "
+    "here; send HTTPS to the application, and only plain HTTP to this redirect"
+)
+API = "this API speaks only HTTPS: a secret that came with this request was sent in clear"
+ACME_PREFIX = "/.well-known/acme-challenge/"
 
-# RFC 9112 §2.1, §3 and §5, RFC 9110 §5.1: one empty line is tolerated before the request line, and nothing else.
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = r"(?:\r\n)?(%s{1,50}) ([!-~\x80-\xff]{1,%d}) HTTP/1\.([0-9])\r\n" % (_TOKEN[:-1], MAX_TARGET)
-_HEAD = re.compile(_REQUEST_LINE + r"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % _TOKEN)
-_FIELD = re.compile(r"\n((?i:host|connection|content-length|transfer-encoding|x-forwarded-proto|referer|user-agent))"
-                    r":[\t ]*([^\r]*)")
-_ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
-_OUTSIDE_LOG = re.compile(r'[^ !#-\[\]-~]')
-# What is wrong with a head that is not _HEAD: the first that fits.
-_FAULTS = [(re.compile(pattern, re.DOTALL), status, reason) for pattern, status, reason in (
-    (r"\x16", 400, "TLS on the plain HTTP port"),
-    (r"(?:\r\n)?(?:[^\n]{%d}|%s [^\n ]{%d})" % (MAX_TARGET + 64, _TOKEN, MAX_TARGET + 1), 414,
-     "request target too long"),
-    (r".{%d}" % (MAX_HEAD + 1), 431, "request head too long"),
-    (r"(?:\r\n)?%s [^\r\n ]+ HTTP/(?!1\.)[0-9]+\.[0-9]+\r\n" % _TOKEN, 505, "not HTTP/1"),
-    (r".*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", 400, "control byte"),
-    (r".*(?:\r(?!\n)|(?<!\r)\n)", 400, "lone CR or LF"),
-    (r"(?!%s)" % _REQUEST_LINE, 400, "malformed request line"),
-    (r".*\n[\t ]", 400, "folded field line"),
-    (r"", 400, "malformed field line"))]
-_BEGUN = re.compile((_REQUEST_LINE + r"|(?:\r\n)?[^\n]*\Z").encode("latin-1"))
-_LONE_LF = re.compile(rb"(?<!\r)\n")
+# RFC 9110 section 5.6.2: token = 1*tchar
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# RFC 9112 section 3: request-line = method SP request-target SP HTTP-version.  Section 2.2: one
+# empty line before it is tolerated.  8-bit bytes in the target are not in the grammar, but
+# browsers have sent them; a Location has them percent-encoded.
+REQUEST_LINE = rf"(?:\r\n)?({TOKEN}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n"
+# RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS, and no obs-fold.
+HEAD = re.compile(rf"{REQUEST_LINE}(?:{TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
+REQUEST_LINE_BYTES = re.compile(REQUEST_LINE.encode("latin-1"))
+# The fields that an answer depends on, and those of a log line.
+FIELD = re.compile(
+    r"\n((?i:host|connection|content-length|transfer-encoding|referer|user-agent"
+    r"|forwarded|x-forwarded-proto|x-forwarded-ssl|front-end-https"
+    r"|cloudfront-forwarded-proto|x-arr-ssl)):[\t ]*([^\r]*)"
+)
+# How a proxy that has ended TLS says so; the first element counts, it is the browser's.
+LOOP_SIGNS = {
+    "x-forwarded-proto": re.compile(r"(?i)(https|wss)[\t ]*(,|$)"),
+    "cloudfront-forwarded-proto": re.compile(r"(?i)https$"),
+    "forwarded": re.compile(r'(?i)[^,]*\bproto="?(https|wss)\b'),  # RFC 7239 section 5.4
+    "x-forwarded-ssl": re.compile(r"(?i)on$"),
+    "front-end-https": re.compile(r"(?i)on$"),  # Microsoft's own, for Outlook Web Access
+    "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
+}
+# RFC 9112 section 3.2.2.
+ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
+UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")  # in a log line, where quotes and \ have a meaning
+
+# What is wrong with a head that HEAD does not match: the first pattern that fits says it.
+FAULTS = [
+    (re.compile(pattern, re.DOTALL), status, reason)
+    for pattern, status, reason in (
+        (r"\x16", 400, "TLS on the plain HTTP port"),
+        (r"PROXY ", 400, "PROXY protocol: this port takes only HTTP, without it"),
+        (r"\r\n\r\n", 400, "no request line (version 2 of the PROXY protocol begins like this)"),
+        (rf"(?:\r\n)?{TOKEN} [^\n ]{{{MAX_TARGET + 1}}}", 414, "request target too long"),
+        (rf".{{{MAX_HEAD + 1}}}", 431, "request head too long"),
+        (rf"(?:\r\n)?{TOKEN} [^\r\n ]+ HTTP/[02-9]\.[0-9]\r\n", 505, "not HTTP/1"),
+        (r".*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", 400, "control byte"),
+        (r".*(?:\r(?!\n)|(?<!\r)\n)", 400, "lone CR or LF"),
+        (rf"(?!{REQUEST_LINE})", 400, "malformed request line"),
+        (r".*\n[\t ]", 400, "folded field line"),
+        (r"", 400, "malformed field line"),
+    )
+]
 
 
 class Refusal(Exception):
-    """A request that gets an error: Refusal(status, reason); no byte of the request is in the reason."""
+    """A request that gets an error: Refusal(status, reason); the reason holds no byte of it."""
+
+
+class Request(NamedTuple):
+    """What an answer depends on."""
+
+    method: str
+    name: str  # the server name, "" where the request has none
+    target: str  # path and query, or "*"
+    has_body: bool
+    close: bool  # whether the connection ends after the answer
 
 
 class Answer(NamedTuple):
-    """The response to one request head: `start`, the Date, then `rest`."""
-    start: bytes        # empty: close without a word
-    rest: bytes
-    close: bool         # whether the connection ends after it
-    unread: bool        # whether the client may still send what has to be read and dropped first
-    log: str            # its line in the access log, from the request line on
-    refusal: str        # why the request was refused, or ""
-    token: str          # the ACME token whose file is wanted, if there is such a file
+    """The answer to one request head."""
+
+    response: bytes  # b"": close without a word
+    status: int
+    location: str
+    target: str  # what was asked for: path and query, "" where the request was malformed
+    close: bool  # whether the connection ends after it
+    unread: bool  # whether the client may still send what has to be read and dropped first
+    log: str  # its line in the access log, from the request line on
+    refusal: str  # why the request was refused, or ""
 
 
-def _has_body(fields: Fields) -> bool:
-    """Whether a request's fields announce a body; raises Refusal where they contradict each other (RFC 9112 §6.3)."""
-    if "transfer-encoding" not in fields:
-        length = fields.get("content-length", "0")
+def log_escape(text: str, most: int = MAX_LOGGED) -> str:
+    """Return printable ASCII without quotes and backslashes, anything else as \\xHH."""
+    text = text[:most]
+    if UNPRINTABLE.search(text):
+        text = UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02X}", text)[:most]
+    return text
+
+
+def read_fields(text: str) -> Dict[str, str]:
+    """Return the fields of a head that an answer depends on, their names in lower case.
+
+    Several of one name make a list (RFC 9110 section 5.3), so two Host fields are no name.
+    """
+    fields: Dict[str, str] = {}
+    for name, value in FIELD.findall(text):
+        name = name.lower()
+        value = value.rstrip("\t ")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+def has_body(fields: Dict[str, str]) -> bool:
+    """Return whether a body follows; Refusal where its length is not certain (RFC 9112, 6.3)."""
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if coding is None:
+        if length is None:
+            return False
         if not re.fullmatch("[0-9]+", length):
             raise Refusal(400, "Content-Length is not one number")
-        return bool(length.strip("0"))
-    if "content-length" in fields:
+        return length.strip("0") != ""
+    if length is not None:
         raise Refusal(400, "both Content-Length and Transfer-Encoding")
-    codings = [coding.strip("\t ").lower() for coding in fields["transfer-encoding"].split(",")]
+    codings = [one.strip("\t ").lower() for one in coding.split(",")]
     if codings.count("chunked") != 1 or codings[-1] != "chunked":
         raise Refusal(400, "Transfer-Encoding does not end in chunked, once")
     return True
 
 
-def _target(method: str, target: str, minor: str, fields: Fields) -> Tuple[str, str]:
-    """Server name ("": none was sent) and request target (path and query, or "*"); raises Refusal or HostError."""
+def is_loop(fields: Dict[str, str]) -> bool:
+    """Return whether a proxy says that it has ended TLS: a redirect would come back here."""
+    for name, sign in LOOP_SIGNS.items():
+        if name in fields and sign.match(fields[name]):
+            return True
+    return False
+
+
+def read_request(text: str, fields: Dict[str, str]) -> Request:
+    """Take a request head apart; raises Refusal or HostError."""
+    match = HEAD.fullmatch(text)
+    if not match or len(match.group(2)) > MAX_TARGET or len(text) > MAX_HEAD:
+        raise Refusal(*next(fault[1:] for fault in FAULTS if fault[0].match(text)))
+    method, target, minor = match.groups()
+    body = has_body(fields)
     if "host" not in fields and minor != "0":
-        raise Refusal(400, "no Host field")
+        raise Refusal(400, "no Host field")  # RFC 9112 section 3.2
     name = server_name(fields["host"]) if "host" in fields else ""
     if method in ("CONNECT", "TRACE"):
-        raise Refusal(405, "method " + method)
-    absolute = _ABSOLUTE_FORM.fullmatch(target)
-    if absolute:        # RFC 9112 §3.2.2: its authority goes before the Host field
+        raise Refusal(405, f"method {method}")
+    absolute = ABSOLUTE_FORM.fullmatch(target)
+    if absolute:  # RFC 9112 section 3.2.2: its authority replaces the Host field
         name, target = server_name(absolute.group(1)), absolute.group(2)
-        target = target if target.startswith("/") else "/" + target
+        if not target.startswith("/"):
+            target = "/" + target
     if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
         raise Refusal(400, "request target is not a path")
-    return name, target
+    close = body or minor == "0" or "close" in fields.get("connection", "").lower()
+    return Request(method, name, target, body, close)
 
 
-def _decide(method: str, target: str, minor: str, fields: Fields, rule: RedirectRule,
-            token_file: Optional[bytes]) -> Tuple[int, str, str, str]:
-    """Status, Location, body and ACME token for a request; raises Refusal or HostError."""
-    name, target = _target(method, target, minor, fields)
-    path = target.partition("?")[0] if method in ("GET", "HEAD", "OPTIONS") else ""     # HAProxy's health checks
-    if target == "*":
-        return 204, "", "", ""
-    if rule.acme_dir and path.startswith(ACME_PREFIX):
-        token = path[len(ACME_PREFIX):]
-        token = token if re.fullmatch("[A-Za-z0-9_-]+", token) else ""
-        return (404, "", "", token) if token_file is None else (200, "", token_file.decode("latin-1"), token)
-    if rule.health and path == rule.health:
-        return 200, "", "OK\n", ""
-    if fields.get("x-forwarded-proto", "").partition(",")[0].strip().lower() == "https":
+def no_token(token: str) -> Optional[bytes]:
+    """Find no file for any ACME token."""
+
+
+def decide(
+    request: Request, looped: bool, rule: RedirectRule, find_token: Callable[[str], Optional[bytes]]
+) -> Tuple[int, str, str]:
+    """Return status, Location and text of the answer; raises Refusal."""
+    if request.target == "*":
+        return 204, "", ""
+    path = request.target.partition("?")[0]
+    if request.method in ("GET", "HEAD", "OPTIONS"):  # HAProxy asks by OPTIONS
+        if rule.acme_dir and path.startswith(ACME_PREFIX):
+            token = path[len(ACME_PREFIX) :]
+            data = find_token(token) if re.fullmatch("[A-Za-z0-9_-]+", token) else None
+            return (404, "", "") if data is None else (200, "", data.decode("latin-1"))
+        if rule.health and path == rule.health:
+            return 200, "", "OK\n"
+    if looped:
         raise Refusal(421, LOOP)
-    if not name and not rule.host:
+    if not request.name and not rule.host:
         raise Refusal(400, "no Host field, and the redirect has no --host")
-    if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
+    if rule.allow_hosts and (request.name or rule.host) not in rule.allow_hosts:
         raise Refusal(421, "this server name is not served here")
-    location = rule.location(name, target)
-    return rule.status, location, MOVED % escape(location), ""
+    if rule.api and rule.is_api(path):
+        raise Refusal(403, API)
+    return rule.status, rule.location(request.name, request.target), ""
 
 
-def _log_escape(text: str, most: int = MAX_LOGGED) -> str:
-    """Printable ASCII without quotes and backslashes, anything else as \\xHH, as nginx writes it; at most so long."""
-    return _OUTSIDE_LOG.sub(lambda match: "\\x%02X" % ord(match.group()), text[:most])[:most]
+@lru_cache(maxsize=512)
+def render(
+    status: int, location: str, text: str, head_only: bool, close: bool, date: str
+) -> Tuple[bytes, int]:
+    """Return a response, and the number of bytes of its body.
 
-
-def _fields(status: int, location: str, length: int, close: bool) -> str:
-    """The response's fields from the end of the Date on, and the empty line."""
-    lines = "\r\nServer: owahttps\r\n"
+    Visitors of the same name in the same second share it.  Others' responses are soon forgotten.
+    """
+    title, kind, body = f"{status} {PHRASES[status]}", "html", text
     if location:
-        lines += "Location: %s\r\n" % location
+        title, text = (
+            "Object moved",
+            f'This object may be found <a href="{escape(location)}">here</a>.',
+        )
+    if status in (200, 404):
+        kind = "plain"
+    elif status != 204:
+        body = f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{text}\n"
+    lines = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\nServer: owahttps\r\n"
+    if location:
+        lines += f"Location: {location}\r\n"
+    if status in (301, 308):  # a browser would keep it for ever: a wrong one is over in a day
+        lines += "Cache-Control: max-age=86400\r\n"
     if status in (204, 405):
         lines += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
     if status != 204:
-        kind = "plain" if status in (200, 404) else "html"
-        lines += "Content-Type: text/%s; charset=utf-8\r\nContent-Length: %d\r\n" % (kind, length)
+        lines += f"Content-Type: text/{kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
     if close:
         lines += "Connection: close\r\n"
-    return lines + "\r\n"
+    if head_only:
+        body = ""
+    return f"{lines}\r\n{body}".encode("latin-1"), len(body)
 
 
-def answer(head: bytes, rule: RedirectRule, token_file: Optional[bytes] = None) -> Answer:
-    """One request head in, one answer out; token_file holds what the ACME token asked for by the head maps to.
+def answer(
+    head: bytes,
+    rule: RedirectRule,
+    date: str,
+    find_token: Callable[[str], Optional[bytes]] = no_token,
+    last: bool = False,
+) -> Answer:
+    """Answer one request head, which ends in its empty line or is_hopeless().
 
-    The head ends in its empty line, or is the start of one that is_hopeless().  Nothing is ever decoded: the bytes of a
-    Location come from the rule, from server_name() and, with keep_path, percent-encoded from the request target.
+    date        the Date field, as http_dates() gives it
+    find_token  returns the file of an ACME token, or None
+    last        whether the connection ends after this answer, whatever the request wants
+
+    Nothing is ever decoded.  The bytes of a Location come from the rule, from server_name()
+    and, percent-encoded, from the request target.
     """
     text = head.decode("latin-1")
-    match = _HEAD.fullmatch(text)
-    fields: Fields = {}
-    for key, value in _FIELD.findall(text):     # several of one name make a list, RFC 9110 §5.3: two Hosts are no name
-        key, value = key.lower(), value.rstrip("\t ")
-        fields[key] = fields[key] + ", " + value if key in fields else value
     line = text.lstrip("\r\n").partition("\r\n")[0]
-    location = token = refusal = ""
+    fields = read_fields(text)
+    location = target = refusal = ""
     try:
-        if not match or len(text) > MAX_HEAD:
-            raise Refusal(*next((status, reason) for fault, status, reason in _FAULTS if fault.match(text)))
-        method, target, minor = match.groups()
-        unread = _has_body(fields)
-        close = unread or minor == "0" or "close" in fields.get("connection", "").lower()
-        status, location, body, token = _decide(method, target, minor, fields, rule, token_file)
+        request = read_request(text, fields)
+        target, unread, close = request.target, request.has_body, request.close or last
+        status, location, body = decide(request, is_loop(fields), rule, find_token)
     except (Refusal, HostError) as refused:
         status, refusal = refused.args if isinstance(refused, Refusal) else (400, NO_NAME)
-        close = unread = True
-        title = "%d %s" % (status, PHRASES[status])
-        body = PAGE % (title, title, refusal)
-    rest = _fields(status, location, len(body), close)
-    if line.startswith("HEAD "):
-        body = ""
-    log = '"%s" %d %d "%s" "%s"' % (
-        _log_escape(line), status, len(body),
-        _log_escape(fields.get("referer") or "-"), _log_escape(fields.get("user-agent") or "-"))
-    start = "" if text.startswith("\x16") else "HTTP/1.1 %d %s\r\nDate: " % (status, PHRASES[status])
-    return Answer(start.encode(), (rest + body).encode("latin-1"), close, unread, log, refusal, token)
+        close, unread, body = True, True, refusal
+    head_only = line.startswith("HEAD ")
+    response, size = render(status, location, body, head_only, close, date)
+    if text.startswith("\x16"):
+        response = b""
+    log = (
+        f'"{log_escape(line)}" {status} {size} '
+        f'"{log_escape(fields.get("referer") or "-")}" '
+        f'"{log_escape(fields.get("user-agent") or "-")}"'
+    )
+    return Answer(response, status, location, target, close, unread, log, refusal)
 
 
-def is_hopeless(buffer: bytes, new: int) -> bool:
-    """Whether a head that is not complete is refused already; only its last `new` bytes were not looked at before."""
-    if b"\n" in buffer[-new:] and (not _BEGUN.match(buffer) or _LONE_LF.search(buffer, len(buffer) - new)):
+def is_hopeless(begun: bytes) -> bool:
+    """Return whether a head that is not complete is refused already.
+
+    Its client gets its error at once, and not a closed connection after a deadline.
+    """
+    if begun.startswith(b"\x16") or len(begun) > MAX_HEAD:
         return True
-    no_line = len(buffer) > MAX_TARGET + 66 and buffer.find(b"\n", 2) < 0       # after the empty line that is tolerated
-    return no_line or buffer[:1] == b"\x16" or len(buffer) > MAX_HEAD
+    if begun.count(b"\n") > begun.count(b"\r\n"):  # a lone LF
+        return True
+    if b"\n" in begun[2:]:  # the request line has come, after the empty line that is tolerated
+        return not REQUEST_LINE_BYTES.match(begun)
+    return len(begun) > MAX_TARGET + 66  # a method of 50 characters, and the HTTP version
 
 
-# ---- The listener ----------------------------------------------------------------------------------------------------
+def head_end(data: bytes) -> int:
+    """Return where the first head ends in what has come, 0 while more of it has to come."""
+    if not data:
+        return 0
+    end = data.find(b"\r\n\r\n")
+    if end >= 0:
+        return end + 4
+    return len(data) if is_hopeless(data) else 0
+
+
+# ---- The log -------------------------------------------------------------------------
+
 
 class Log:
-    """Lines for a file descriptor, which a thread of their own writes: a reader that stalls, a pipe that is closed or a
-    disk that is full costs lines, and they are counted, but never a redirect.
+    """Lines for a file descriptor, which never make the server wait.
 
-    write(line) takes a str that ends in a newline; tell(text) hears of faults.
+    write(line) takes a line that ends in a newline; flush() writes what has gathered.
+
+    A regular file is simply written.  Of a pipe, a socket or a terminal, poll() says before each
+    write whether it takes PIPE_BUF bytes now.  While it does not (a reader that stalls, Ctrl-S),
+    the lines wait here, and those beyond `most` are lost.  A full disk or a closed pipe loses
+    lines too.  tell(text) hears of the first fault, and how many lines were lost once one gets
+    through again, or at the end.
+
+    Windows has no poll() for files: there a paused console makes the server wait.
     """
-    WAITING = 5000      # lines, of some 3 KB at the most; beyond, the oldest are lost
-    AT_ONCE = 16        # lines that are written in one go,
-    SECONDS = 0.001     # or as many as gather in this time
+
+    most = 1 << 20  # bytes that may wait
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
-        self.lines: Deque[str] = deque(maxlen=self.WAITING)
-        self.taken = self.written = self.told = 0       # lines; of the access log, each is counted by one thread alone
-        self._more, self._closing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self.lines: List[str] = []  # since the last flush()
+        self.waiting = b""  # what is not written yet
+        self.within_line = False  # whether the last write ended within a line
+        self.faulty = False  # whether the last write failed
+        self.lost = 0  # lines that tell() has not heard of
+        self.poll: Any = None
+        if hasattr(select, "poll") and not stat.S_ISREG(os.fstat(fd).st_mode):
+            self.fd = own_terminal(fd)
+            self.poll = select.poll()
+            self.poll.register(self.fd, select.POLLOUT)
 
     def write(self, line: str) -> None:
         self.lines.append(line)
-        self.taken += 1
-        if not self._more.is_set():     # asked after the append: the thread clears it before it looks
-            self._more.set()
 
-    def _run(self) -> None:
-        faulty = False
-        while self.lines or not self._closing.is_set():
-            if not self.lines:
-                self._more.wait()
-            if len(self.lines) < self.AT_ONCE:
-                self._closing.wait(self.SECONDS)
-            self._more.clear()
-            lines = [self.lines.popleft() for _ in range(min(len(self.lines), self.AT_ONCE))]
-            text = ("\n" if faulty else "") + "".join(lines)        # ends a line that was torn
-            data = text.encode("ascii", "backslashreplace")
-            try:
-                while data:
-                    data = data[os.write(self.fd, data):]
-                self.written += len(lines)
-                faulty = False
-                self._tell_lost(self.taken - len(self.lines))
-            except OSError as error:
-                if not faulty:
-                    self.tell("the log cannot be written, redirects go on without it: %s" % error.strerror)
-                faulty = True
+    def flush(self) -> None:
+        """Write what can be written now."""
+        if self.lines:
+            self.waiting += "".join(self.lines).encode("ascii", "backslashreplace")
+            self.lines.clear()
+        try:
+            while self.waiting and (self.poll is None or self.poll.poll(0)):
+                piece = self.waiting if self.poll is None else self.waiting[: select.PIPE_BUF]
+                count = os.write(self.fd, piece)
+                self.waiting = self.waiting[count:]
+                self.within_line = not piece[:count].endswith(b"\n")
+                self.faulty = False
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.give_up(error)
+        if len(self.waiting) > self.most:
+            end = self.waiting.rfind(b"\n", 0, self.most) + 1
+            self.lost += self.waiting.count(b"\n", end)
+            self.waiting = self.waiting[:end]
+        if self.lost and not self.waiting and not self.faulty:
+            self.tell_lost()
 
-    def _tell_lost(self, settled: int) -> None:
-        lost = settled - self.written - self.told
-        if lost > 0:
-            self.told += lost
-            self.tell("%d lines of the log were lost" % lost)
+    def give_up(self, error: OSError) -> None:
+        """Lose what waits, but for the end of a line that was written in part."""
+        if not self.faulty:
+            self.tell(f"the log cannot be written, redirects go on without it: {error.strerror}")
+        self.faulty = True
+        # A newline at the very beginning ends a line that is there, except for this end.
+        self.lost += self.waiting.lstrip(b"\n").count(b"\n")
+        self.waiting = b"\n" if self.within_line else b""
+
+    def tell_lost(self) -> None:
+        self.tell(f"{self.lost} lines of the log were lost")
+        self.lost = 0
 
     def close(self) -> None:
-        """Write what waits, but do not wait for a reader that stalls."""
-        self._closing.set()
-        self._more.set()
-        self._thread.join(0.5)
-        self._tell_lost(self.taken)
+        """Write what is left, but do not wait for a reader that stalls."""
+        self.flush()
+        if self.waiting and self.poll.poll(500):
+            self.flush()
+        self.lost += self.waiting.lstrip(b"\n").count(b"\n")
+        if self.lost:
+            self.tell_lost()
+
+
+def own_terminal(fd: int) -> int:
+    """Return a non-blocking file descriptor of our own for the terminal behind this one.
+
+    When a terminal has room for only a part of what is written, write() waits for the rest,
+    whatever poll() said.  To make `fd` itself non-blocking would change it for the shell too.
+    """
+    with contextlib.suppress(OSError):
+        if os.isatty(fd):
+            return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return fd
 
 
 @lru_cache(maxsize=2)
-def _dates(now: int) -> Tuple[bytes, str]:
-    """A second since the epoch as a Date field (RFC 9110 §5.6.7) and as an access log has it."""
-    return formatdate(now, usegmt=True).encode(), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(now))
+def dates(now: int) -> Tuple[str, str]:
+    """Return a time as a Date field (RFC 9110 section 5.6.7) and as an access log writes it."""
+    return formatdate(now, usegmt=True), time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(now))
+
+
+def error_line(client: str, text: str) -> str:
+    """Return a line of the error log, with the client's address where fail2ban looks for it."""
+    return f"[{dates(int(time.time()))[1]}] owahttps: {client} {text}\n"
+
+
+# ---- The listener --------------------------------------------------------------------
+
+# Theory of operation.  One thread and one selector serve all connections, by turns.  In a turn
+# the server asks which sockets are ready.  Some 24 of them at a time take each step together:
+# all receive, then all reply, then all send.  (One after the other, the interpreter loses what
+# the processor had cached with each system call: replying then takes twice the time.)
+#
+# A handler is one connection, in one of four states, which only the handler changes:
+#
+#   READING    waits for a request, or for the rest of its head
+#   WRITING    waits until the client takes more: it has bytes to send, or whole requests left to
+#              answer after its share of this turn
+#   DRAINING   its last answer is sent.  The client may still be sending; to close now would
+#              reset the connection, and the client would lose the answer.  Reads and drops.
+#   DONE       the server closes the socket at the end of the step
+#
+#   READING <-> WRITING -> DRAINING -> DONE; a client that goes away leads to DONE from each
+#
+# Each wait has a deadline: for a whole head, however slowly it comes; from an answer to the next
+# request; for the client to take its answers; for the drain.  Only time.monotonic() counts.
+#
+# The server keeps the open connections in the order of their last progress, and apart those that
+# hold bytes, with how many.  Beyond max_connections, the connection without progress for the
+# longest time is closed for a new one.  Beyond max_bytes, so is the one that has held bytes for
+# the longest time.  Without file descriptors, one is closed for the next client; without other
+# resources, accepting rests a moment.  An exception in one connection costs that connection.
+#
+# A new client is accepted and served at once; most requests are answered and closed in the same
+# turn, and the selector never hears of them.  TCP_DEFER_ACCEPT, where there is one, keeps a
+# client that says nothing in the kernel, and saves a quarter of the time of the others.
+#
+# Why not asyncio or threads: they cost three to six times the processor time for each request.
+
+MSG_MORE = getattr(socket, "MSG_MORE", 0)  # Linux has it
+READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
 
 
 def read_token(folder: str, token: str) -> Optional[bytes]:
-    """The ACME token's file in this folder; None unless that is a regular file, and no link."""
-    def opener(path: str, flags: int) -> int:   # should another file have taken its place: no link, no wait for a FIFO
-        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    path = os.path.join(folder, token)
-    with contextlib.suppress(OSError):
-        if stat.S_ISREG(os.lstat(path).st_mode):
-            with open(path, "rb", opener=opener) as file:
+    """Return the file of an ACME token, None where there is none.
+
+    certbot --webroot writes FOLDER/.well-known/acme-challenge/TOKEN, acme-tiny and dehydrated
+    write FOLDER/TOKEN.  It must be a regular file, not a link, of at most 64 KiB.
+    """
+    for path in (folder + ACME_PREFIX + token, os.path.join(folder, token)):
+        # Neither a link nor a FIFO may be followed, should one replace the file after lstat().
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        flags |= getattr(os, "O_BINARY", 0)
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                continue
+            with open(os.open(path, flags), "rb") as file:
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    return file.read(64 * 1024)
+                    data = file.read(MAX_TOKEN + 1)
+                    return data if len(data) <= MAX_TOKEN else None
     return None
 
 
-def _error_line(client: str, text: str) -> str:
-    """A line for standard error with the client's address, in a form for fail2ban's <HOST>."""
-    return "[%s] owahttps: %s %s\n" % (_dates(int(time.time()))[1], client, text)
-
-
 class RedirectHandler(BaseHTTPRequestHandler):
-    """Redirects every request of one connection, by the server's `rule`.
+    """Redirects every request of one connection by a rule: the server's, or its own.
 
-    On a blocking socket, as the stock ThreadingHTTPServer has it, handle() serves the connection to its end.  On the
-    non-blocking ones of a RedirectServer, that calls receive(), reply() and send() by turns, as far as the bytes go.
+    Under a stock ThreadingHTTPServer, handle() serves the connection to its end.  A
+    RedirectServer's sockets do not block: it calls receive(), reply() and send() itself.
+
     The server's `access_log` and `error_log`, where it has them, get lines by write(str).
+    send_error() and the other methods that write to `wfile` do not work here.
     """
-    rule = RedirectRule()       # for a server that has none
-    head_seconds = 10.0         # for a whole request head
-    idle_seconds = 15.0         # from an answer to the next request; also for a client to take its answers
-    drain_seconds = 5.0         # for what the client still sends after its last answer,
-    drain_at_most = 1 << 25     # bytes of it
-    receive_at_once = 8192      # bytes
-    answers_at_once = 32        # to pipelined requests, before it is another client's turn
+
+    rule = RedirectRule()
+    head_seconds = 10.0  # for a whole request head
+    idle_seconds = 15.0  # from an answer to the next request, or for the client to take it
+    drain_seconds = 5.0  # for what the client still sends after its last answer
+    drain_most = 1 << 25  # bytes of it
+    receive_most = 8192  # bytes in one step
+    reply_most = 8  # answers in one step, before it is the turn of others
+    outgoing_most = 64 * 1024  # bytes; beyond, the client has to take some first
+
+    state = READING
+    incoming = b""  # not answered yet
+    outgoing = b""  # not sent yet
+    unread = False  # whether the client may still be sending
+    drained = 0  # bytes
+    registered = 0  # the event that the server's selector waits for
 
     def setup(self) -> None:
-        self.rule = getattr(self.server, "rule", self.rule)
+        self.rule = getattr(self.server, "rule", None) or self.rule
         self.access_log = getattr(self.server, "access_log", None)
         self.error_log = getattr(self.server, "error_log", None)
-        self.answer = getattr(self.server, "answer", answer)
-        self.last = getattr(self.server, "stopping", False)     # whether no request may follow the next one
         self.client = self.address_string()
-        self.buffer = self.outgoing = b""
-        self.searched = 0           # how much of the buffer holds no whole head
-        self.close_connection = self.unread = self.idle = self.draining = False
-        self.drained = 0
-        self.waits_for = selectors.EVENT_READ       # or EVENT_WRITE; 0 when it is done, and the socket may be closed
-        self.registered = 0         # for which of them the selector knows it
-        self.held = 0               # what its bytes count for in the server's sum
+        self.close_connection = False
         self.deadline = time.monotonic() + self.head_seconds
 
     def finish(self) -> None:
-        """Leave the socket to the server, which closes it when the handler `waits_for` nothing more."""
+        """Leave the socket to the server, which closes it."""
 
     def handle(self) -> None:
-        while self.request.gettimeout() != 0 and self.waits_for and time.monotonic() < self.deadline:
-            self.request.settimeout(max(0.001, self.deadline - time.monotonic()))
+        """Serve a blocking socket to its end; leave a non-blocking one to the server."""
+        while self.request.gettimeout() != 0 and self.state != DONE:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                break
+            self.request.settimeout(left)
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
-        """Receive, answer and send once; on a blocking socket each waits for the client."""
+        """Take each step once; on a blocking socket, receive() and send() wait."""
         self.receive()
         self.reply()
         self.send()
 
     def receive(self) -> None:
-        """Take what the client has sent; one that is gone, or too slow for a blocking socket, gets no more."""
-        if self.waits_for != selectors.EVENT_READ:
+        """Take what the client has sent."""
+        if self.state not in (READING, DRAINING):
             return
         try:
-            data = self.request.recv(self.receive_at_once)
+            data = self.request.recv(self.receive_most)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError:  # it is gone, or too slow for a blocking socket
             data = b""
-        self.unread = len(data) == self.receive_at_once     # there may be more
-        if not data or self.drained > self.drain_at_most:
-            self.waits_for = 0
-        elif self.draining:
+        if not data:
+            self.state = DONE
+        elif self.state == DRAINING:
             self.drained += len(data)
+            if self.drained > self.drain_most:
+                self.state = DONE
         else:
-            self.buffer += data
+            if not self.incoming:
+                self.deadline = time.monotonic() + self.head_seconds
+            self.incoming += data
+            self.unread = len(data) == self.receive_most
 
     def reply(self) -> None:
-        """Answer what is whole in the buffer, into `outgoing`."""
-        if self.outgoing or self.searched == len(self.buffer):
+        """Answer the whole requests that have come, or some of them, into `outgoing`."""
+        if self.outgoing or self.state not in (READING, WRITING):
             return
-        answers: List[bytes] = []
-        while self.buffer and not self.close_connection and len(answers) < self.answers_at_once:
-            end = self.buffer.find(b"\r\n\r\n", max(0, self.searched - 3)) + 4
-            if end < 4:
-                if not is_hopeless(self.buffer, len(self.buffer) - self.searched):
-                    self.searched = len(self.buffer)
-                    break
-                end = len(self.buffer)
-            head, self.buffer, self.searched = self.buffer[:end], self.buffer[end:], 0
-            result = (self.answer if end < MAX_KEPT else answer)(head, self.rule)
-            if result.token:
-                result = answer(head, self.rule, read_token(self.rule.acme_dir, result.token))
-            date, log_date = _dates(int(time.time()))
-            if result.start:
-                also = b"\r\nConnection: close" if self.last and not result.close else b""
-                answers.append(result.start + date + also + result.rest)
-                if self.access_log is not None:
-                    self.access_log.write("%s - - [%s] %s\n" % (self.client, log_date, result.log))
-            if result.refusal:
-                self.log_error("refused: %s", result.refusal)
-            self.close_connection = result.close or self.last
-            self.unread |= result.unread or self.last
-        self.outgoing = b"".join(answers)
-        if answers or self.idle:
-            self.idle = not self.buffer
-            self.deadline = time.monotonic() + (self.idle_seconds if self.idle else self.head_seconds)
+        for _ in range(self.reply_most):
+            end = head_end(self.incoming)
+            if not end or self.close_connection or len(self.outgoing) > self.outgoing_most:
+                break
+            head, self.incoming = self.incoming[:end], self.incoming[end:]
+            self.reply_to(head)
+        if self.outgoing:
+            waits = self.head_seconds if self.incoming else self.idle_seconds
+            self.deadline = time.monotonic() + waits
+
+    def reply_to(self, head: bytes) -> None:
+        """Answer one request."""
+        now = dates(int(time.time()))
+        stopping = getattr(self.server, "stopping", False)
+        result = answer(head, self.rule, now[0], self.find_token, last=stopping)
+        self.outgoing += result.response
+        self.close_connection = result.close
+        self.unread |= result.unread or stopping
+        self.log_answer(result, now[1])
 
     def send(self) -> None:
-        """Send what there is to send; then it is another client's turn, or this one's next request, or the end."""
-        try:
-            if self.outgoing:
-                self.outgoing = self.outgoing[self.request.send(self.outgoing):]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.waits_for = 0
+        """Send what there is to send, and find the next state."""
+        if self.state not in (READING, WRITING):
             return
-        if self.close_connection and not self.outgoing and not self.draining:
-            self._drain()
-        elif self.waits_for:
-            more = self.outgoing or self.searched < len(self.buffer)
-            self.waits_for = selectors.EVENT_WRITE if more else selectors.EVENT_READ
+        if self.outgoing:
+            # The last answer and the end of the connection travel in one packet.
+            flags = MSG_MORE if self.close_connection else 0
+            try:
+                count = self.request.send(self.outgoing, flags)
+            except BlockingIOError:
+                count = 0
+            except OSError:
+                self.state = DONE
+                return
+            self.outgoing = self.outgoing[count:]
+        if self.outgoing:
+            self.state = WRITING
+        elif self.close_connection:
+            self.end()
+        else:
+            self.state = WRITING if head_end(self.incoming) else READING
 
-    def _drain(self) -> None:
-        """The last answer is sent; where the client may still send, to close at once would reset that answer."""
-        self.draining, self.waits_for = True, 0
-        if self.unread or self.buffer:
+    def end(self) -> None:
+        """Close after the last answer, or drain first where the client may still be sending."""
+        self.state = DONE
+        if self.unread or self.incoming:
+            self.incoming = b""
             with contextlib.suppress(OSError):
                 self.request.shutdown(socket.SHUT_WR)
-                self.buffer, self.searched, self.waits_for = b"", 0, selectors.EVENT_READ
+                self.state = DRAINING
                 self.deadline = time.monotonic() + self.drain_seconds
+
+    def find_token(self, token: str) -> Optional[bytes]:
+        return read_token(self.rule.acme_dir, token)
 
     def address_string(self) -> str:
         host = str(self.client_address[0])
-        return host[7:] if host.startswith("::ffff:") else host     # an IPv4 client of an IPv6 socket
+        return host[7:] if host.startswith("::ffff:") else host  # IPv4 on an IPv6 socket
+
+    def log_answer(self, result: Answer, log_date: str) -> None:
+        """Write the lines of one answer to the logs."""
+        if self.access_log is not None and result.response:
+            self.access_log.write(f"{self.client} - - [{log_date}] {result.log}\n")
+        if result.refusal:
+            self.log_error("refused: %s", result.refusal)
 
     def log_error(self, format: str, *args: Any) -> None:
         if self.error_log is not None:
-            self.error_log.write(_error_line(self.client, format % args))
+            self.error_log.write(error_line(self.client, format % args))
 
 
-class _HTTPServer(HTTPServer):
-    """An HTTPServer for addresses of every family; host "" is all of them, in one socket where the system can."""
-    # Windows would let a second server take the port of one that has SO_REUSEADDR.
+class AnyFamilyServer(HTTPServer):
+    """An HTTPServer for IPv4 and IPv6; host "" is every address, in one socket where possible."""
+
+    # On Windows, SO_REUSEADDR would let a second server take the port of the first one.
     allow_reuse_address = sys.platform != "win32"
 
     def __init__(self, server_address: Address, *settings: Any) -> None:
@@ -576,132 +963,200 @@ class _HTTPServer(HTTPServer):
                 super().__init__(("::", port), *settings)
                 return
             except OSError as error:
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT):
+                no_ipv6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
+                if error.errno not in no_ipv6:
                     raise
-        # In bytes: for a str, Python would load the IDNA codec, of 0.4 MB.
-        info = socket.getaddrinfo((host or "0.0.0.0").encode(), port, type=socket.SOCK_STREAM)[0]
+        info = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
-        super().__init__(info[4], *settings)    # type: ignore
+        super().__init__(info[4], *settings)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
-            ipv6 = getattr(socket, "IPPROTO_IPV6", 41)      # Windows has no name for it before Python 3.8
-            self.socket.setsockopt(ipv6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+            level = getattr(socket, "IPPROTO_IPV6", 41)  # Windows lacks the name before 3.8
+            self.socket.setsockopt(level, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # accepted sockets inherit it
-        TCPServer.server_bind(self)         # HTTPServer's asks the DNS for a name of its own, which can take seconds
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        # Accepted sockets inherit it.  Else Nagle's algorithm and delayed acknowledgement make
+        # answers to pipelined requests wait 40 ms.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Not HTTPServer's: it asks the DNS for a name, which can take seconds.
+        TCPServer.server_bind(self)
+        self.server_name = str(self.server_address[0])
+        self.server_port = int(self.server_address[1])
 
 
-NO_DESCRIPTOR = (errno.EMFILE, getattr(errno, "WSAEMFILE", errno.EMFILE))
-OUT_OF_RESOURCES = NO_DESCRIPTOR + (errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NO_DESCRIPTORS = (errno.EMFILE, getattr(errno, "WSAEMFILE", errno.EMFILE))
+NO_RESOURCES = (errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class RedirectServer(_HTTPServer):
-    """An HTTPServer for a RedirectHandler that serves all connections from one thread, with deadlines.
+class RedirectServer(AnyFamilyServer):
+    """An HTTPServer for RedirectHandlers, which serves all connections from one thread.
 
-    server_address   (host, port); host "" is every address, IPv6 and IPv4 in one socket where the system can; port 0 is
-                     a free one.  The real address is in the attribute of the same name.
-    max_connections  at the cap, the connection that has waited longest makes room for a new one; beyond max_bytes too
-    access_log, error_log   anything with write(str), or None
+    server_address   (host, port); host "" is every address, port 0 is a free one; the real
+                     address is in the attribute of the same name
+    rule             a RedirectRule (default: that of the handler)
+    max_connections  open at the same time; beyond it, old ones are closed for new ones
+    access_log, error_log   None, or anything with write(str) and flush(): flush() is called
+                     after each turn
 
-    serve_forever(), shutdown(), server_close(), handle_error() and `with` are those of socketserver, but at its end
-    serve_forever() closes the socket: it runs once.  stop() is shutdown() without the wait, for a signal handler.
+    serve_forever(), shutdown(), server_close(), handle_error(), verify_request() and `with` are
+    those of socketserver; serve_forever() closes the listening socket when it ends, so it runs
+    once.  stop() is shutdown() that does not wait, for a signal handler.  handle_request() does
+    not work here.
     """
-    request_queue_size = 4096   # what Linux allows (net.core.somaxconn); others cut it to their own limit
-    grace_seconds = 2.0         # after a stop, for requests that are under way
-    at_once = 24                # connections that take their steps together
-    max_bytes = 16 * 1024 * 1024    # of unfinished heads and unsent answers
-    rule = RedirectRule()
 
-    def __init__(self, server_address: Address, RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
-                 bind_and_activate: bool = True, *, rule: RedirectRule = rule, max_connections: int = 450,
-                 access_log: Optional[Any] = None, error_log: Optional[Any] = None) -> None:
-        self.rule, self.max_connections, self.access_log, self.error_log = rule, max_connections, access_log, error_log
-        # Who waits longest comes first; with the deadline that was set when the wait began.
-        self._connections: OrderedDict[RedirectHandler, float] = OrderedDict()
-        self._held = 0                              # bytes, by all of them
-        self._new: List[RedirectHandler] = []       # who was accepted in this turn
-        self.stopping, self._stopped = False, threading.Event()
-        self._stopped.set()
-        # It is pure, and monitors, load balancers and benchmarks send one head again and again.
-        self.answer = lru_cache(maxsize=128)(answer)
+    request_queue_size = 4096  # what Linux allows by default (net.core.somaxconn)
+    grace_seconds = 2.0  # after a stop, for requests that are under way
+    together = 24  # connections that take a step together
+    writers_most = 96  # connections in one turn that wait to send
+    max_bytes = 16 * 1024 * 1024  # of heads that are not whole, and of answers that are not sent
+    sweep_seconds = 0.25  # from one look for overdue connections to the next
+    rule: Optional[RedirectRule] = None
+
+    def __init__(
+        self,
+        server_address: Address,
+        RequestHandlerClass: Type[RedirectHandler] = RedirectHandler,
+        bind_and_activate: bool = True,
+        *,
+        rule: Optional[RedirectRule] = None,
+        max_connections: int = 450,
+        access_log: Optional[Any] = None,
+        error_log: Optional[Any] = None,
+    ) -> None:
+        if rule is not None:
+            self.rule = rule
+        self.max_connections = max_connections
+        self.access_log, self.error_log = access_log, error_log
+        # The open connections, that without progress for the longest time first, and the
+        # deadline of each when it made progress.
+        self.connections: "OrderedDict[RedirectHandler, float]" = OrderedDict()
+        # Those that hold bytes, and how many; the one that has held some the longest first.
+        self.holding: "OrderedDict[RedirectHandler, int]" = OrderedDict()
+        self.held_bytes = 0  # by all of them
+        self.accepted: List[RedirectHandler] = []  # in this step
+        self.next_sweep = 0.0
+        self.stopping = False
+        self.stopped = threading.Event()
+        self.stopped.set()
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
 
+    def server_bind(self) -> None:
+        if hasattr(socket, "TCP_DEFER_ACCEPT"):
+            seconds = int(self.RequestHandlerClass.head_seconds)  # type: ignore[attr-defined]
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, max(1, seconds))
+        super().server_bind()
+
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        self._stopped.clear()
-        self._selector, self._next_sweep = selectors.DefaultSelector(), 0.0
+        self.stopped.clear()
+        self.selector = selectors.DefaultSelector()
         try:
             self.socket.setblocking(False)
-            self._selector.register(self.socket, selectors.EVENT_READ)
+            self.selector.register(self.socket, selectors.EVENT_READ)
             while not self.stopping:
-                self._turn(poll_interval)
-            self._wind_up()
+                self.turn(poll_interval)
+            self.wind_up()
         finally:
-            for handler in list(self._connections):
-                self._drop(handler)
-            self._selector.close()
+            for handler in list(self.connections):
+                self.drop(handler)
+            self.selector.close()
             self.stopping = False
-            self._stopped.set()
+            self.stopped.set()
 
     def stop(self) -> None:
         self.stopping = True
 
     def shutdown(self) -> None:
         self.stop()
-        self._stopped.wait()
+        self.stopped.wait()
 
-    def _wind_up(self) -> None:
-        """Accept who has come so far, then no more, and let requests that are under way end."""
-        all(self._accept() for _ in range(self.request_queue_size // self.at_once))
-        self._selector.unregister(self.socket)
+    def wind_up(self) -> None:
+        """Accept the clients that have come, then no more, and let requests under way end."""
+        for _ in range(self.request_queue_size // self.together):
+            if not self.accept():
+                break
+        self.selector.unregister(self.socket)
         self.socket.close()
-        for handler in self._connections:
-            handler.last = True
-        start = now = time.monotonic()
-        while self._connections and now < start + self.grace_seconds:
-            self._turn(0.02)
-            now = time.monotonic()
-            under_way = (handler.buffer or handler.outgoing or handler.draining for handler in self._connections)
-            if now > start + 0.2 and not any(under_way):        # what was sent has come by then
+        start = time.monotonic()
+        while self.connections and time.monotonic() < start + self.grace_seconds:
+            self.turn(0.02)
+            busy = any(
+                one.incoming or one.outgoing or one.state == DRAINING for one in self.connections
+            )
+            # What a client sent before the stop has come by then.
+            if not busy and time.monotonic() > start + 0.2:
                 break
 
-    def _turn(self, timeout: float) -> None:
-        """Wait for events, at most this many seconds, and serve them; now and then look for what is overdue."""
-        now = time.monotonic()      # before it waits: what came while the process was held up is not overdue
-        events = self._selector.select(max(0, min(timeout, self._next_sweep - now)))
-        for start in range(0, len(events), self.at_once):
-            # The listening socket has no handler; it is asked every time, as who is new does not wait for a slow crowd.
-            self._serve([key.data for key, _ in events[start:start + self.at_once] if key.data])
-            if not self.stopping:
-                self._accept()
-        if now >= self._next_sweep:
-            overdue = list(islice((handler for handler in self._connections if handler.deadline < now), 64))
-            self._next_sweep = now if len(overdue) == 64 else now + 0.25    # a few at a time: nobody waits for a crowd
-            for handler in overdue:
-                if handler.buffer.strip() and handler.waits_for == selectors.EVENT_READ:
-                    handler.log_error("refused: no whole request head in time")
-                self._drop(handler)
+    def turn(self, timeout: float) -> None:
+        """Wait for events, at most this many seconds, and serve them."""
+        # The time before the wait: what came while the process was held up is not overdue.
+        now = time.monotonic()
+        try:
+            events = self.selector.select(max(0, min(timeout, self.next_sweep - now)))
+            # The listening socket has no handler.
+            ready = [key.data for key, _ in events if key.data]
+            if len(ready) < len(events) and not self.stopping:
+                self.accept()
+            for start, handlers in enumerate(self.shares(ready)):
+                if start and not self.stopping:
+                    self.accept()  # new clients do not wait for a crowd of others
+                self.serve(handlers)
+            if now >= self.next_sweep:
+                self.sweep(now)
+        except Exception:  # such as ENOMEM of the selector; no client is to blame
+            self.handle_error(None, ("-", 0))
+            time.sleep(0.01)
+        self.flush_logs()
 
-    def _accept(self) -> bool:
-        """Take a few clients and serve them; whether there may be more."""
-        self._new, more = [], True
-        for _ in range(self.at_once):
+    def shares(self, ready: List[RedirectHandler]) -> Iterator[List[RedirectHandler]]:
+        """Divide the handlers that are ready into those that take their steps together.
+
+        A client that sends hundreds of requests at once is ready to be sent to all the time.  Of
+        such ones only some have a turn, those that have waited longest first.
+        """
+        readers = [handler for handler in ready if handler.state != WRITING]
+        if len(readers) < len(ready):
+            writers = [handler for handler in ready if handler.state == WRITING]
+            writers.sort(key=lambda handler: handler.deadline)
+            readers += writers[: self.writers_most]
+        for start in range(0, len(readers), self.together):
+            yield readers[start : start + self.together]
+
+    def sweep(self, now: float) -> None:
+        """Drop connections that are overdue, a few at a time: others do not wait for a crowd."""
+        overdue = []
+        for handler in self.connections:
+            if handler.deadline < now:
+                overdue.append(handler)
+                if len(overdue) == 64:
+                    break
+        self.next_sweep = now if len(overdue) == 64 else now + self.sweep_seconds
+        for handler in overdue:
+            if handler.state == READING and handler.incoming.strip():
+                handler.log_error("refused: no whole request head in time")
+            self.drop(handler)
+
+    def flush_logs(self) -> None:
+        for log in (self.access_log, self.error_log):
+            if log is not None:
+                try:
+                    log.flush()
+                except Exception:  # a log of the caller's own
+                    self.handle_error(None, ("-", 0))
+
+    def accept(self) -> bool:
+        """Accept a few clients and serve them; return whether there may be more."""
+        self.accepted = []
+        for _ in range(self.together):
             try:
                 request, client_address = self.get_request()
             except BlockingIOError:
-                more = False
                 break
             except OSError as error:
-                if error.errno not in OUT_OF_RESOURCES:
-                    continue                # that client is gone already
-                if not self._new and self._connections and error.errno in NO_DESCRIPTOR:
-                    self._drop(next(iter(self._connections)))       # it gives up its own
-                elif not self._new:
-                    time.sleep(0.01)        # a turn without rest would spin
-                    more = False
-                break
+                if error.errno in NO_DESCRIPTORS + NO_RESOURCES:
+                    self.make_room(error.errno)
+                    break
+                continue  # that client is gone already
             try:
                 if self.verify_request(request, client_address):
                     self.process_request(request, client_address)
@@ -710,62 +1165,102 @@ class RedirectServer(_HTTPServer):
             except Exception:
                 self.handle_error(request, client_address)
                 self.close_request(request)
-        self._serve(self._new)
-        return more
+        self.serve(self.accepted)
+        return len(self.accepted) == self.together
+
+    def make_room(self, number: int) -> None:
+        """Accepting failed with this errno: close a connection for the next client, or rest."""
+        if self.accepted:
+            return  # most of these end at once, and give their descriptors back
+        if number in NO_DESCRIPTORS and self.connections:
+            self.drop(next(iter(self.connections)))
+        else:
+            time.sleep(0.01)  # or the loop would spin
 
     def process_request(self, request: Any, client_address: Any) -> None:
         request.setblocking(False)
-        self._new.append(self.RequestHandlerClass(request, client_address, self))       # type: ignore
+        self.accepted.append(self.RequestHandlerClass(request, client_address, self))  # type: ignore
 
-    def _serve(self, handlers: List[RedirectHandler]) -> None:
-        """Receive for all, then answer, then send: in turns with system calls, answer() would take twice the time."""
-        for step in (methodcaller("receive"), methodcaller("reply"), methodcaller("send"), self._settle):
-            for handler in handlers:
-                if handler.waits_for:
-                    try:
-                        step(handler)
-                    except Exception:
-                        self.handle_error(handler.request, handler.client_address)
-                        handler.waits_for = 0
-        for handler in handlers:
-            if not handler.waits_for:
-                self._drop(handler)
+    def serve(self, handlers: List[RedirectHandler]) -> None:
+        """Take each step with all of these; an exception costs its own connection."""
+        while True:
+            try:
+                for handler in handlers:
+                    handler.receive()
+                for handler in handlers:
+                    handler.reply()
+                for handler in handlers:
+                    handler.send()
+                for handler in handlers:
+                    self.settle(handler)
+                return
+            except Exception:
+                self.handle_error(handler.request, handler.client_address)
+                self.drop(handler)
+                handlers.remove(handler)  # the others go on: a step that is done does no harm
 
-    def _settle(self, handler: RedirectHandler) -> None:
-        """Have the selector wait for what this handler waits for; beyond a limit, who has waited longest makes room."""
-        if not handler.registered:
-            self._selector.register(handler.request, handler.waits_for, handler)
-        elif handler.registered != handler.waits_for:
-            self._selector.modify(handler.request, handler.waits_for, handler)
-        handler.registered = handler.waits_for
-        if self._connections.get(handler) != handler.deadline:
-            self._connections[handler] = handler.deadline
-            self._connections.move_to_end(handler)
-        size = len(handler.buffer) + len(handler.outgoing)
-        handler.held, self._held = size, self._held + size - handler.held
-        while len(self._connections) > self.max_connections or self._held > self.max_bytes:
-            self._drop(next(iter(self._connections)))
+    def settle(self, handler: RedirectHandler) -> None:
+        """Close a connection that is done; keep account of another one."""
+        if handler.state == DONE:
+            self.drop(handler)
+            return
+        event = selectors.EVENT_WRITE if handler.state == WRITING else selectors.EVENT_READ
+        if handler.registered != event:
+            if handler.registered:
+                self.selector.modify(handler.request, event, handler)
+            else:
+                self.selector.register(handler.request, event, handler)
+            handler.registered = event
+        if self.connections.get(handler) != handler.deadline:
+            self.connections[handler] = handler.deadline
+            self.connections.move_to_end(handler)
+            if len(self.connections) > self.max_connections:
+                self.drop(next(iter(self.connections)))
+        size = len(handler.incoming) + len(handler.outgoing)
+        if size or self.holding:
+            self.hold(handler, size)
 
-    def _drop(self, handler: RedirectHandler) -> None:
-        if self._connections.pop(handler, None):
-            with contextlib.suppress(KeyError, ValueError):     # a handler may have closed it
-                self._selector.unregister(handler.request)
-        self._held -= handler.held
-        handler.waits_for = handler.held = 0
-        if handler.request.fileno() >= 0:
-            self.close_request(handler.request)
+    def hold(self, handler: RedirectHandler, size: int) -> None:
+        """Keep account of the bytes that a connection holds; beyond the budget, close one."""
+        self.held_bytes += size - self.holding.get(handler, 0)
+        if size:
+            self.holding[handler] = size
+        else:
+            self.holding.pop(handler, None)
+        if self.held_bytes > self.max_bytes:
+            self.drop(next(iter(self.holding)))
 
-    def handle_error(self, request: Any, client_address: Any) -> None:      # noqa: ARG002
-        """One line about the exception under way; it costs that connection and nothing else."""
-        with contextlib.suppress(Exception):        # a log that cannot be written does not end the server
-            (sys.stderr if self.error_log is None else self.error_log).write(
-                _error_line(client_address[0], "error: " + _log_escape(repr(sys.exc_info()[1]))))
+    def drop(self, handler: RedirectHandler) -> None:
+        """Close a connection; its bytes are free at once."""
+        handler.state, handler.incoming, handler.outgoing = DONE, b"", b""
+        self.connections.pop(handler, None)
+        self.held_bytes -= self.holding.pop(handler, 0)
+        try:
+            if handler.registered:
+                handler.registered = 0
+                self.selector.unregister(handler.request)
+        except (KeyError, ValueError):  # a handler has closed its socket itself
+            pass
+        try:
+            if handler.request.fileno() >= 0:
+                self.close_request(handler.request)
+        except Exception:
+            self.handle_error(handler.request, handler.client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """Write one line about the exception under way; only that connection ends."""
+        text = log_escape(repr(sys.exc_info()[1]))
+        with contextlib.suppress(Exception):  # a log that fails does not end the server
+            log = sys.stderr if self.error_log is None else self.error_log
+            log.write(error_line(client_address[0], f"error: {text}"))
 
 
-# ---- Recipes ---------------------------------------------------------------------------------------------------------
+# ---- The article --------------------------------------------------------------------
+
 
 class Part(NamedTuple):
     """A part of a recipe; with a file name, it is a file as well."""
+
     name: str
     text: str
     file: str = ""
@@ -778,11 +1273,13 @@ def _refuse(who: str, *reasons: Tuple[Any, str]) -> None:
             raise RuleError("%s %s" % (who, reason))
 
 
-def _fill(template: str, marks: Iterable[str], values: Fields) -> str:
+def _fill(template: str, marks: Iterable[str], values: Dict[str, Any]) -> str:
     """A template filled in; its line "+MARK|text" is for a recipe with this mark, "-MARK|text" for one without."""
+
     def line(match: "re.Match[str]") -> str:
         sign, mark, text = match.groups()
         return text if (sign == "+") == (mark in marks) else ""
+
     return re.sub(r"(?m)^([+-])([\w.]+)\|(.*\n)", line, template).format(**values)
 
 
@@ -801,36 +1298,639 @@ ASP_PAGE = """\
 
 def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
     """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError where there is none."""
-    _refuse("the ASP page cannot express",
-            (rule.keep_path, "--keep-path: IIS hands it a decoded URL, which cannot be made whole again"),
-            (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
-            (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
-            (rule.health or rule.acme_dir, "--health and --acme-dir: it is run for one folder alone"))
+    _refuse(
+        "the ASP page cannot express",
+        (
+            rule.keep_path,
+            "--keep-path: IIS hands it a decoded URL, which cannot be made whole again",
+        ),
+        (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
+        (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
+        (rule.health or rule.acme_dir, "--health and --acme-dir: it is run for one folder alone"),
+    )
     name = '"%s"' % rule.host if rule.host else 'Request.ServerVariables("SERVER_NAME")'
-    return ASP_PAGE.format(http_port=http_port, server_name=name, path=rule.authority("")[len(rule.host):] + rule.path)
+    return ASP_PAGE.format(
+        http_port=http_port, server_name=name, path=rule.authority("")[len(rule.host) :] + rule.path
+    )
 
 
-def options(rule: RedirectRule) -> str:
-    """The rule as command line options, each with a space before it."""
-    words = ""
-    for field, value, default in zip(rule._fields, rule, RedirectRule()):
-        option = " --" + field.replace("hosts", "host").replace("_", "-")
-        if value is True:
-            words += option
-        elif value != default:
-            words += "".join("%s %s" % (option, one) for one in (value if isinstance(value, tuple) else [value]))
-    return words
+# ---- The stub ------------------------------------------------------------------------
+
+# Only for loopback addresses: everybody has this key.  It is no CA, so to trust it is to trust it
+# for localhost and nothing else.  It was made by:
+#   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -keyout - \
+#     -not_before 20000101000000Z -not_after 99991231235959Z -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
+#     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature \
+#     -addext extendedKeyUsage=serverAuth
+STUB_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgPg9gSjXLilqfI48Z
+3aejFfbNOGVHapY4S48cdggd4BOhRANCAAS0RPTilCMeOnSSj6llxqGl7AeIulHe
+loXMiYnlyXDVcLGkvoZygjr5hTrlYHNVW+u79pX1O9uWwtRyM/DHNdhx
+-----END PRIVATE KEY-----
+"""
+STUB_CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIB0jCCAXegAwIBAgIURCE1NBo91cy+PA5tW9IdT3iwE4MwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAwMFoYDzk5OTkxMjMx
+MjM1OTU5WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAS0RPTilCMeOnSSj6llxqGl7AeIulHeloXMiYnlyXDVcLGkvoZygjr5
+hTrlYHNVW+u79pX1O9uWwtRyM/DHNdhxo4GkMIGhMB0GA1UdDgQWBBTnctLm3qw7
+NTZ0AJjIra2tZSqRaDAfBgNVHSMEGDAWgBTnctLm3qw7NTZ0AJjIra2tZSqRaDAs
+BgNVHREEJTAjgglsb2NhbGhvc3SHBH8AAAGHEAAAAAAAAAAAAAAAAAAAAAEwDAYD
+VR0TAQH/BAIwADAOBgNVHQ8BAf8EBAMCB4AwEwYDVR0lBAwwCgYIKwYBBQUHAwEw
+CgYIKoZIzj0EAwIDSQAwRgIhAJ+6lo+k8WkF9eOzHKBGkvcgEPs+pVWZvjoZt384
+1h6DAiEA/Oeh0Rml3EZy2IBJdlngiyKm4y9qiP1GyyqHPiz5/1g=
+-----END CERTIFICATE-----
+"""
+STUB_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  :root {{ color-scheme: light dark; --line: #8884; --good: #0a7d33; --bad: #b3261e; }}
+  @media (prefers-color-scheme: dark) {{ :root {{ --good: #5fd38d; --bad: #ff8a80; }} }}
+  body {{ font: 1.05rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1.2rem; }}
+  h1 {{ font-size: 1.5rem; color: var(--{mood}); text-wrap: balance; }}
+  li {{ margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .5rem; }}
+  ol {{ padding: 0; list-style: decimal inside; }}
+  code {{ display: block; margin-top: .3rem; font-size: .95rem; overflow-wrap: anywhere; white-space: pre-wrap; }}
+</style>
+<h1>{title}</h1>
+<ol>
+{steps}</ol>
+</html>
+"""
+
+
+Story = List[Tuple[str, str]]  # what happened: a sentence and its detail each
+
+
+class StubHandler(BaseHTTPRequestHandler):
+    """Stands for Outlook Web Access: a page that tells how the browser came here."""
+
+    server_version, sys_version = "owahttps-stub", ""
+    timeout = 10
+    status, title = 200, "You are on HTTPS"
+
+    def story(self) -> Story:
+        """Return what happened to this browser."""
+        told = self.server.story(self.headers.get("Host", ""))  # type: ignore[attr-defined]
+        version, cipher = self.connection.version(), self.connection.cipher()[0]  # type: ignore
+        return [*told, ("This page came over a secure channel.", f"{version}, {cipher}")]
+
+    def do_GET(self) -> None:
+        steps = "".join(
+            f"<li>{escape(sentence)}<code>{escape(detail)}</code>\n"
+            for sentence, detail in self.story()
+        )
+        mood = "good" if self.status == 200 else "bad"
+        body = STUB_PAGE.format(title=self.title, mood=mood, steps=steps).encode()
+        self.send_response(self.status)
+        for name, value in getattr(self.server, "fields", ()):
+            self.send_header(name, value)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:  # noqa: ARG002
+        tell = getattr(self.server, "tell", None)
+        if tell:
+            tell(f"{log_escape(self.command)} {log_escape(self.path)}  {int(code)} {self.title}")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of a request that cannot be read."""
+
+
+class ThreadingServer(ThreadingMixIn, AnyFamilyServer):
+    """A thread for each connection, as browsers open some that they do not use."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a browser that does not trust the certificate breaks off, and asks."""
+
+
+def pem_trouble(error: OSError) -> str:
+    """Return what is wrong with a file of certificates or keys, without OpenSSL's own words."""
+    if isinstance(error, ssl.SSLError):
+        return "not what it should be, in PEM"
+    return error.strerror or str(error)
+
+
+class StubServer(ThreadingServer):
+    """An HTTPS server with this certificate and key, or with the embedded ones on loopback.
+
+    story(host) returns what happened before, for the page at this Host; tell(line) hears of each
+    request.  RuleError for a certificate that cannot be used.
+    """
+
+    def __init__(
+        self,
+        server_address: Address,
+        certificate: str = "",
+        key: str = "",
+        story: Callable[[str], Story] = lambda host: [],
+        tell: Optional[Callable[[str], Any]] = None,
+    ) -> None:
+        self.story, self.tell = story, tell
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.fields: List[Tuple[str, str]] = []
+        if certificate:
+            try:
+                self.context.load_cert_chain(certificate, key or None)
+            except OSError as error:
+                given = f"--cert {certificate!a}" + (f", --key {key!a}" if key else "")
+                raise RuleError(f"{given}: {pem_trouble(error)}") from None
+        else:
+            self.use_embedded_certificate(server_address[0])
+        super().__init__(server_address, StubHandler)
+
+    def use_embedded_certificate(self, host: str) -> None:
+        if host != "localhost" and not (is_address(host) and ip_address(host).is_loopback):
+            raise RuleError(f"{host!a} is not a loopback address: everybody has the embedded key")
+        # No browser keeps it: RFC 6797 section 8.1, the certificate is not trusted.
+        self.fields = [("Strict-Transport-Security", "max-age=31536000")]
+        with tempfile.TemporaryDirectory() as folder:  # ssl takes a key only from a file
+            name = os.path.join(folder, "stub.pem")
+            with open(name, "w") as file:
+                file.write(STUB_KEY + STUB_CERTIFICATE)
+            self.context.load_cert_chain(name)
+
+    def get_request(self) -> Tuple[Any, Any]:
+        request, client_address = super().get_request()
+        # The handshake is left to the handler's thread.
+        secure = self.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        return secure, client_address
+
+
+@contextlib.contextmanager
+def running(server: HTTPServer) -> Iterator[Address]:
+    """Serve from a thread; gives the server's address."""
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
+    thread.start()
+    try:
+        yield server.server_address[:2]  # type: ignore[misc]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ---- The self-test -------------------------------------------------------------------
+
+# Not http.client: it takes a line with a blank before its colon for the end of the head, skips
+# interim answers, and reads without one deadline for all.  This reads as browsers do, what does
+# not belong into an answer is left over, and the check of part two uses it as well.
+
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [^\n]*)?\n")
+END_OF_HEAD = re.compile(rb"\n\r?\n")
+
+
+class Response(NamedTuple):
+    """One response of a server."""
+
+    status: int
+    fields: List[Tuple[str, str]]  # names in lower case, values without the blanks around them
+    body: bytes
+    complete: (
+        bool  # whether the body has come whole; unknown (False) if it ends with the connection
+    )
+
+    def values(self, name: str) -> List[str]:
+        return [value for key, value in self.fields if key == name]
+
+    def field(self, name: str) -> Optional[str]:
+        """Return the first value of a field, None where there is none."""
+        return next(iter(self.values(name)), None)
+
+
+def read_field_lines(lines: List[str]) -> List[Tuple[str, str]]:
+    """Take field lines apart; a folded line goes on with a blank (RFC 9112 section 5.2)."""
+    fields: List[Tuple[str, str]] = []
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if line[:1] in ("\t", " ") and fields:
+            name, start = fields.pop()
+            fields.append((name, f"{start} {line.strip()}"))
+        elif colon:
+            fields.append((name.strip("\t ").lower(), value.strip("\t\r ")))
+    return fields
+
+
+def read_chunks(data: bytes) -> Tuple[bytes, bytes, bool]:
+    """Return a chunked body (RFC 9112 section 7.1), what follows it, and whether it is complete."""
+    body = b""
+    while True:
+        line, end, rest = data.partition(b"\n")
+        size_text = line.partition(b";")[0].strip()
+        if not end or not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text):
+            return body, b"" if not end else data, False
+        size = int(size_text, 16)
+        if size == 0:  # then trailer fields, of which we want none
+            trailers, end, rest = (b"\n" + rest).partition(b"\n\r\n")
+            return body, rest, bool(end)
+        body += rest[:size]
+        if len(rest) < size + 2:
+            return body, b"", False
+        data = rest[size:].lstrip(b"\r\n")
+
+
+def read_response(data: bytes, head_only: bool = False) -> Tuple[Optional[Response], bytes]:
+    """Return the first response in these bytes, and what follows it; None without a whole head.
+
+    An interim response (1xx) is one too.  head_only: it answers a HEAD request.
+    """
+    start, end = STATUS_LINE.match(data), END_OF_HEAD.search(data)
+    if not start or not end:
+        return None, data
+    status = int(start.group(1))
+    head, rest = data[start.end() : end.start()], data[end.end() :]
+    fields = read_field_lines(head.decode("latin-1").split("\n"))
+    values = dict(reversed(fields))  # the first of each name
+    length = values.get("content-length", "")
+    if head_only or status < 200 or status in (204, 304):
+        return Response(status, fields, b"", True), rest
+    if "chunked" in values.get("transfer-encoding", "").lower():
+        body, rest, complete = read_chunks(rest)
+        return Response(status, fields, body, complete), rest
+    if re.fullmatch("[0-9]{1,9}", length):
+        size = int(length)
+        return Response(status, fields, rest[:size], len(rest) >= size), rest[size:]
+    return Response(status, fields, rest, False), b""
+
+
+def converse(
+    sock: Any,
+    request: bytes,
+    deadline: float,
+    enough: Callable[[bytes], bool] = lambda data: False,
+    most: int = 64 * 1024,
+) -> Tuple[bytes, Optional[OSError]]:
+    """Send a request, and receive until it is enough, the other side closes, or the deadline.
+
+    deadline is a time.monotonic().  Returns what came, at most some more than `most` bytes, and
+    the error that ended it, such as socket.timeout at the deadline.
+    """
+    data = b""
+    try:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        sock.sendall(request)
+        while len(data) < most and not enough(data):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("timed out")
+            sock.settimeout(left)
+            piece = sock.recv(16 * 1024)
+            if not piece:
+                break
+            data += piece
+    except OSError as error:
+        return data, error
+    return data, None
+
+
+# Requests to the byte, and what must come back: "STATUS Location" for each answer, "closed" for none; "|" is or.
+# $ is CR LF, HOST is "Host: mail.example.com", TO is https://mail.example.com, & is "Connection: close" and the empty
+# line, (x*9) is xxxxxxxxx.  [FIELD] is the field of the rule without which a case says nothing, [no FIELD] with which.
+CASES = r"""
+GET                                          | 302 TO/exchange | GET / HTTP/1.1$HOST$&
+HEAD has no body                             | 302 TO/exchange | HEAD / HTTP/1.1$HOST$&
+POST with a body, answered once              | 302 TO/exchange |
+    POST / HTTP/1.1$HOST$Content-Length: 29$&GET /smuggled HTTP/1.1$$12345
+chunked body, answered once                  | 302 TO/exchange |
+    POST / HTTP/1.1$HOST$Transfer-Encoding: chunked$&5$GET /$0$$
+PROPFIND, as WebDAV has it                   | 302 TO/exchange | PROPFIND / HTTP/1.1$HOST$&
+unknown method                               | 302 TO/exchange | OWA-2000 / HTTP/1.1$HOST$&
+CONNECT                                      | 405|400         | CONNECT mail.example.com:443 HTTP/1.1$HOST$&
+TRACE                                        | 405             | TRACE / HTTP/1.1$HOST$&
+OPTIONS *                                    | 204             | OPTIONS * HTTP/1.1$HOST$&
+GET *                                        | 400             | GET * HTTP/1.1$HOST$&
+Expect: 100-continue gets the final answer   | 302 TO/exchange |
+    PUT / HTTP/1.1$HOST$Expect: 100-continue$Content-Length: 9$&
+Host with a port                             | 302 TO/exchange | GET / HTTP/1.1$Host: mail.example.com:8080$&
+Host in capitals                             | 302 TO/exchange | GET / HTTP/1.1$Host: MAIL.Example.COM$&
+Host with a trailing dot                     | 302 TO/exchange | GET / HTTP/1.1$Host: mail.example.com.$&
+Host with two trailing dots                  | 400             | GET / HTTP/1.1$Host: mail.example.com..$&
+IPv4 Host                                    | 302 https://192.0.2.7/exchange | GET / HTTP/1.1$Host: 192.0.2.7:8080$&
+IPv6 Host                                    | 302 https://[2001:db8::1]/exchange |
+    GET / HTTP/1.1$Host: [2001:DB8::1]:8080$&
+Punycode Host                                | 302 https://xn--bcher-kva.example/exchange |
+    GET / HTTP/1.1$Host: xn--bcher-kva.example$&
+IPv6 Host with a zone                        | 400             | GET / HTTP/1.1$Host: [fe80::1%25eth0]$&
+IPv6 Host without brackets                   | 400             | GET / HTTP/1.1$Host: ::1$&
+IPv6 Host that is none                       | 400             | GET / HTTP/1.1$Host: [1::2::3]$&
+Host that ends in a number, but is no IPv4 address | 400             | GET / HTTP/1.1$Host: mail.256$&
+Host beyond ASCII                            | 400             | GET / HTTP/1.1$Host: b\xfccher.example$&
+Host with a label of 64                      | 400             | GET / HTTP/1.1$Host: (a*64).example$&
+Host of 254 characters                       | 400             | GET / HTTP/1.1$Host: (a.*126)ab$&
+Host port 0                                  | 400             | GET / HTTP/1.1$Host: mail.example.com:0$&
+Host port 65536                              | 400             | GET / HTTP/1.1$Host: mail.example.com:65536$&
+Host port that is no number                  | 400             | GET / HTTP/1.1$Host: mail.example.com:80a$&
+empty Host                                   | 400             | GET / HTTP/1.1$Host: $&
+no Host, HTTP/1.1                            | 400             | GET / HTTP/1.1$&
+no Host, HTTP/1.0 [no host]                  | 400             | GET / HTTP/1.0$$
+no Host, HTTP/1.0, with a fixed host [host]  | 302 https:///exchange | GET / HTTP/1.0$$
+no Host, HTTP/1.1, with a fixed host [host]  | 400             | GET / HTTP/1.1$&
+two Hosts, equal                             | 400             | GET / HTTP/1.1$HOST$HOST$&
+two Hosts                                    | 400             | GET / HTTP/1.1$HOST$Host: evil.example$&
+folded field line                            | 400             | GET / HTTP/1.1$HOST$X-Folded: a$ b$&
+folded Host                                  | 400             | GET / HTTP/1.1$HOST$ evil.example$&
+lone CR in the head                          | 400 |
+    GET / HTTP/1.1$HOST$X: a\rLocation: https://evil.example$&
+lone LF in the head                          | 400             | GET / HTTP/1.1$HOST$X: a\nY: b$&
+lone LF at every line's end                  | 400             | GET / HTTP/1.1\nHost: mail.example.com\n\n
+NUL in the head                              | 400             | GET / HTTP/1.1$HOST$X: a\0b$&
+DEL in the head                              | 400             | GET / HTTP/1.1$HOST$X: a\x7fb$&
+space before the colon                       | 400             | GET / HTTP/1.1$Host : mail.example.com$$
+field line without a colon                   | 400             | GET / HTTP/1.1$HOST$nonsense$&
+absolute form goes before Host [no keep_path] | 302 TO/exchange |
+    GET http://mail.example.com:8080/x HTTP/1.1$Host: other.example$&
+absolute form without a path                 | 302 TO/exchange | GET http://mail.example.com HTTP/1.1$HOST$&
+absolute form with userinfo                  | 400             | GET http://good@evil.example/ HTTP/1.1$HOST$&
+absolute form, other scheme                  | 400             | GET ftp://mail.example.com/ HTTP/1.1$HOST$&
+target .evil.example                         | 400             | GET .evil.example HTTP/1.1$HOST$&
+target @evil.example                         | 400             | GET @evil.example HTTP/1.1$HOST$&
+target x:@evil.example                       | 400             | GET x:@evil.example HTTP/1.1$HOST$&
+target http:evil.example                     | 400             | GET http:evil.example/ HTTP/1.1$HOST$&
+target with a fragment                       | 400             | GET /a#b HTTP/1.1$HOST$&
+space in the target                          | 400             | GET /a b HTTP/1.1$HOST$&
+HTTP/0.9                                     | 400|505         | GET /$
+HTTP/2 preface                               | 400|505         | PRI * HTTP/2.0$$SM$$
+HTTP/3.7                                     | 400|505         | GET / HTTP/3.7$HOST$&
+TLS ClientHello                              | closed|400      | \x16\x03\x01\0\xa5\x01\0\0\xa1\x03\x03(\0*160)
+one leading empty line                       | 302 TO/exchange | $GET / HTTP/1.1$HOST$&
+Content-Length and Transfer-Encoding         | 400 |
+    POST / HTTP/1.1$HOST$Content-Length: 5$Transfer-Encoding: chunked$&0$$
+two Content-Lengths                          | 400 |
+    GET / HTTP/1.1$HOST$Content-Length: 0$Content-Length: 5$&
+target of 9,000 bytes                        | 414             | GET /(a*9000) HTTP/1.1$HOST$&
+head of 40,000 bytes                         | 431|400         | GET / HTTP/1.1$HOST$(X: a$*6000)&
+pipelined requests, answered in order        | 302 TO/exchange, 302 https://192.0.2.7/exchange |
+    GET / HTTP/1.1$HOST$$GET / HTTP/1.1$Host: 192.0.2.7$&
+X-Forwarded-Proto: https, a loop             | 421             | GET / HTTP/1.1$HOST$X-Forwarded-Proto: https$&
+X-Forwarded-Host is ignored                  | 302 TO/exchange | GET / HTTP/1.1$HOST$X-Forwarded-Host: evil.example$&
+ACME challenge keeps its path [no acme_dir]  | 302 TO/.well-known/acme-challenge/a-Token_1 |
+    GET /.well-known/acme-challenge/a-Token_1 HTTP/1.1$HOST$&
+path //evil.example stays a path [keep_path] | 302 TO//evil.example/x | GET //evil.example/x HTTP/1.1$HOST$&
+path and query, byte for byte [keep_path]    | 302 TO/%0d%0aA:b/%2F%00/../x? |
+    GET /%0d%0aA:b/%2F%00/../x? HTTP/1.1$HOST$&
+outside the URL's grammar is encoded [keep_path] | 302 TO/%5Cevil%22%3C%3E%E9 | GET /\\evil"<>\xe9 HTTP/1.1$HOST$&
+name that is not allowed [allow_hosts]       | 421             | GET / HTTP/1.1$Host: not-allowed.invalid$&
+name that is not allowed, nor a name [allow_hosts] | 400             | GET / HTTP/1.1$Host: evil#x.mail.example.com$&
+health check [health]                        | 200             | GET /health HTTP/1.1$HOST$&
+ACME token [acme_dir]                        | 200 |
+    GET /.well-known/acme-challenge/a-Token_1 HTTP/1.1$HOST$&
+ACME token that is none [acme_dir]           | 404 |
+    GET /.well-known/acme-challenge/../a-Token_1 HTTP/1.1$HOST$&
+ACME token through a symbolic link [acme_dir] | 404             | GET /.well-known/acme-challenge/link HTTP/1.1$HOST$&
+""" + "".join(
+    "Host %s '%s' | 400 | GET / HTTP/1.1$Host: %s%s%s$&\n"
+    % ("with" if before else "that begins with", char, before, char.replace("\\", r"\\"), after)
+    for chars, before, after in (
+        ("@#?\\/,% \"'<", "mail.example.com", "evil.example"),
+        ("_-.", "", "mail.example.com"),
+    )
+    for char in chars
+)
+
+
+Case = Tuple[
+    str, str, str, bytes
+]  # what it is, the field it needs, what must come back, the request
+
+
+def cases() -> Iterator[Case]:
+    """The rows of CASES, written out."""
+    for row in re.sub(r"\n +", " ", CASES.strip()).split("\n"):
+        what, expect, request = (column.strip() for column in row.split(" | "))
+        what, _, needs = what.rstrip("]").partition(" [")
+        for short, long in (
+            ("HOST", "Host: mail.example.com"),
+            ("&", "Connection: close$$"),
+            ("$", "\\r\\n"),
+        ):
+            request = request.replace(short, long)
+        request = re.sub(
+            r"\(([^()]+)\*([0-9]+)\)", lambda match: match.group(1) * int(match.group(2)), request
+        )
+        yield (
+            what,
+            needs,
+            expect.replace("TO", "https://mail.example.com"),
+            request.encode("latin-1").decode("unicode_escape").encode("latin-1"),
+        )
+
+
+def _conversation(address: Address, request: bytes, seconds: float) -> bytes:
+    """Send the request's bytes, take all that comes back until the server closes."""
+    with socket.create_connection(address, seconds) as sock:
+        data, error = converse(sock, request, time.monotonic() + seconds)
+    return data + b"(left open)" if isinstance(error, socket.timeout) else data
+
+
+def _answers(data: bytes, request: bytes) -> str:
+    """All answers in what came back, as CASES writes them; whatever does not belong there shows."""
+    text, found = data.decode("latin-1"), []
+    while text.startswith("HTTP/"):
+        head, _, text = text.partition("\r\n\r\n")
+        fields = {
+            name.lower(): value
+            for name, value in re.findall(r"\r\n([^:\r\n]+):[\t ]*([^\r\n]*)", head)
+        }
+        found.append((head[9:12] + " " + fields.get("location", "")).strip())
+        if "strict-transport-security" in fields:
+            found.append("Strict-Transport-Security in clear")
+        if not request.startswith(b"HEAD ") and head[9:12] != "204" and head[9] != "1":
+            length = fields.get("content-length", "")
+            size = int(length) if re.fullmatch("[0-9]{1,9}", length) else len(text)
+            if len(text) < size:
+                found.append("cut off")
+            text = text[size:]
+    if text:
+        found.append(text[:60])
+    return ", ".join(found) or "closed"
+
+
+def _applies(needs: str, rule: RedirectRule) -> bool:
+    return not needs or bool(getattr(rule, needs.rpartition(" ")[2])) != needs.startswith("no ")
+
+
+def _expected(expect: str, rule: RedirectRule) -> str:
+    """A case's expectation, written for the default rule, in terms of this one."""
+
+    def answer_to(match: "re.Match[str]") -> str:
+        name, path = match.groups()
+        if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
+            return "421"
+        if path == "/exchange":
+            path = "/" if rule.keep_path else rule.path
+        port = ":%d" % rule.https_port if rule.https_port != 443 else ""
+        return "%d https://%s%s%s" % (rule.status, rule.host or name, port, path)
+
+    refused = "400|421" if rule.allow_hosts else "400"  # no name is not an allowed name either
+    expected = re.sub(r"302 https://([^/]*)([^ ,]+)", answer_to, re.sub("^400$", refused, expect))
+    return re.sub("421, .*", "421", expected)  # a refusal ends the connection
+
+
+Result = Tuple[str, str, str]  # what was tried, what was expected ("a|b": either), what came
+
+
+def try_cases(
+    address: Address, rule: RedirectRule, done: Tuple[RedirectRule, ...] = (), seconds: float = 3.0
+) -> Iterator[Result]:
+    """Send every case that applies to the rule, and to none that is done, to the redirect server at address."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def try_case(case: Case) -> Result:
+        what, _, expect, request = case
+        try:
+            request = request.replace(b" /health ", b" %s " % rule.health.encode())
+            got = _answers(_conversation(address, request, seconds), request)
+        except OSError as error:
+            got = str(error)
+        return what, _expected(expect, rule), got
+
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(
+            try_case,
+            [
+                case
+                for case in cases()
+                if _applies(case[1], rule) and not any(_applies(case[1], other) for other in done)
+            ],
+        )
+
+
+def try_end_to_end() -> Iterator[Result]:
+    """The article's step 18: ask a listener over plain HTTP, follow it to an HTTPS stub, and verify its certificate."""
+    with running(StubServer(("127.0.0.1", 0))) as stub:
+        rule = RedirectRule(https_port=stub[1])
+        with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
+            request = (
+                b"GET / HTTP/1.1\r\nHost: localhost:%d\r\nConnection: close\r\n\r\n" % address[1]
+            )
+            got = _answers(_conversation(address, request, 5), request)
+            yield "plain HTTP is redirected", "302 https://localhost:%d/exchange" % stub[1], got
+            client = http.client.HTTPSConnection(
+                "localhost",
+                stub[1],
+                timeout=5,
+                context=ssl.create_default_context(cadata=STUB_CERTIFICATE),
+            )
+            try:
+                client.request("GET", "/exchange")
+                got = str(client.getresponse().status)
+            except (OSError, http.client.HTTPException) as error:
+                got = str(error)
+            client.close()
+            yield "the stub's page comes over verified TLS", "200", got
+
+
+def try_ourselves() -> Iterator[Result]:
+    """End to end, then every case against a listener whose rule it needs."""
+    yield from try_end_to_end()
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(folder, "a-Token_1"), "w") as file:
+            file.write("a-Token_1.thumbprint")
+        with contextlib.suppress(OSError):  # Windows may forbid links
+            os.symlink(file.name, os.path.join(folder, "link"))
+        rules = (
+            RedirectRule(),
+            RedirectRule(host="mail.example.com"),
+            RedirectRule(
+                keep_path=True, allow_hosts=("mail.example.com",), health="/health", acme_dir=folder
+            ),
+        )
+        for number, rule in enumerate(rules):
+            with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
+                yield from try_cases(address, rule, rules[:number])
+
+
+# ---- The demo ------------------------------------------------------------------------
+
+
+class BeforeHandler(StubHandler):
+    """Plain HTTP as IIS answers it before the fix."""
+
+    status, title = 403, "The page must be viewed over a secure channel"
+
+    def story(self) -> Story:
+        return [
+            (
+                "You asked for it over plain HTTP. "
+                "Type https:// at the beginning of the address, and try again.",
+                "HTTP 403.4 - Forbidden: SSL required\nInternet Information Services",
+            ),
+            ("In this demo, type:", self.server.secure_url),  # type: ignore[attr-defined]
+        ]
+
+
+class DemoHandler(RedirectHandler):
+    """Tells of each answer as it is given."""
+
+    def log_answer(self, result: Answer, log_date: str) -> None:
+        super().log_answer(result, log_date)
+        self.server.tell(result)  # type: ignore[attr-defined]
+
+
+class Demo:
+    """What the redirect and the stub of a demo tell the person in front of it."""
+
+    def __init__(self) -> None:
+        self.port = 0  # of plain HTTP
+        self.last: Optional[Answer] = None  # the redirect that the stub's page has not told of
+
+    def tell_plain(self, result: Answer) -> None:
+        if result.location:
+            self.last = result
+        outcome = result.location or result.refusal
+        target = log_escape(result.target) or "(malformed)"
+        print(f"http   {target}  {result.status} {outcome}", flush=True)
+
+    def tell_secure(self, line: str) -> None:
+        print(f"https  {line}", flush=True)
+
+    def story(self, host: str) -> Story:
+        """Return how the browser came to the stub at this Host."""
+        last, self.last = self.last, None
+        if last is None:
+            return [("You came straight here: nothing was redirected.", f"https://{host}")]
+        name = host.partition(":")[0]
+        typed = f"http://{with_port(name, self.port, 80)}{last.target}"
+        return [
+            ("You typed an address without https.", typed),
+            (
+                "owahttps answered with a redirect.",
+                f"HTTP/1.1 {last.status} {PHRASES[last.status]}\nLocation: {last.location}",
+            ),
+        ]
+
+
+# ======== Part two: beyond the article =================================================
+
+
+# ---- Recipes ------------------------------------------------------------------------
 
 
 # Exchange: what it is, and the marks of its templates' lines; its name and the method are marks too.
-EXCHANGE = {"exchange2000": ("Exchange 2000 on IIS 5.0: Microsoft's article Q279681", "article"),
-            "exchange2003": ("Exchange 2003 on IIS 6.0", "article iis6"),
-            "exchange2007": ("Exchange 2007 on IIS 7.0", "until2013"),
-            "exchange2010": ("Exchange 2010 on IIS 7.5 or 8.0", "until2013"),
-            "exchange2013": ("Exchange 2013 on IIS 7.5 to 8.5", "until2013"),
-            "exchange2016": ("Exchange 2016 on IIS 8.0 to 10", "since2016"),
-            "exchange2019": ("Exchange 2019 on IIS 10", "since2016"),
-            "exchange-se": ("Exchange SE on IIS 10", "since2016")}
+EXCHANGE = {
+    "exchange2000": ("Exchange 2000 on IIS 5.0: Microsoft's article Q279681", "article"),
+    "exchange2003": ("Exchange 2003 on IIS 6.0", "article iis6"),
+    "exchange2007": ("Exchange 2007 on IIS 7.0", "until2013"),
+    "exchange2010": ("Exchange 2010 on IIS 7.5 or 8.0", "until2013"),
+    "exchange2013": ("Exchange 2013 on IIS 7.5 to 8.5", "until2013"),
+    "exchange2016": ("Exchange 2016 on IIS 8.0 to 10", "since2016"),
+    "exchange2019": ("Exchange 2019 on IIS 10", "since2016"),
+    "exchange-se": ("Exchange SE on IIS 10", "since2016"),
+}
 ABOUT = """\
 +article|The error 403.4 of the {folder} folder runs an ASP page, which redirects to {url}
 +article| - On any port but {http_port} the page does nothing: an empty page with status 200 (see --http-port).
@@ -910,7 +2010,8 @@ STEPS = {
 -exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
 -exchange2007|    "Respond with a 302 redirect", {url}
     OK.  To take it back: remove this entry.
-"""}
+""",
+}
 CMD = """\
 @echo off
 rem {what}, method {method}: {url}
@@ -921,7 +2022,9 @@ set "FAILED="
 -article|set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
 -article|set "SITE=Default Web Site"
 """
-BEGIN_7 = CMD + """\
+BEGIN_7 = (
+    CMD
+    + """\
 +redirect|set "MODULE=HttpRedirectionModule"
 +redirect|set "SECTION=system.webServer/httpRedirect"
 +redirect|set "PRESENT=enabled=.true."
@@ -936,6 +2039,7 @@ if not exist "%KEEP%" md "%KEEP%"
 rem For the last resort, appcmd restore backup "NAME", which takes back later changes too.
 %APPCMD% add backup || goto fail
 """
+)
 END_7 = """\
 %APPCMD% list config "%SITE%" -section:%SECTION% | findstr /i /r /c:"%PRESENT%" >nul
 if errorlevel 1 echo Not in effect: a web.config in the directory of %SITE% overrides it.& exit /b 1
@@ -956,7 +2060,8 @@ for /f "tokens=*" %%S in ('findstr /b /c:"   " "%KEEP%\\services.txt"') do finds
 if defined FAILED exit /b 1
 """
 SCRIPT = {
-    "redirect": BEGIN_7 + """\
+    "redirect": BEGIN_7
+    + """\
 if exist "%KEEP%\\sslflags.txt" echo %KEEP%\\sslflags.txt is there: run the undo script first.& exit /b 1
 %APPCMD% list vdir /text:vdir.name | findstr /b /i /l /c:"%SITE%/" > "%KEEP%\\vdirs.txt" || goto fail
 rem Two plain directories, which are not in that list.
@@ -970,7 +2075,9 @@ for /f "usebackq delims=" %%V in ("%KEEP%\\vdirs.txt") do set "V=%%V"& call :kee
 %APPCMD% set config "%SITE%" -section:httpRedirect -enabled:true -destination:"{url}" \
 -childOnly:true -httpResponseStatus:{status_name} -commit:apphost || goto fail
 iisreset /noforce
-""" + END_7 + """\
+"""
+    + END_7
+    + """\
 rem Nail down the SSL settings a directory has now, and no redirect: then it inherits neither from the root.
 :keep
 if "%V:~-1%"=="/" set "V=%V:~0,-1%"
@@ -988,7 +2095,8 @@ if not errorlevel 1 echo "%V%" has a redirect of its own: left alone.& exit /b 0
 %APPCMD% set config "%V%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
 exit /b
 """,
-    "403.4": BEGIN_7 + """\
+    "403.4": BEGIN_7
+    + """\
 for %%P in ("%SITE%" "%SITE%/owa") do %APPCMD% list config %%P -section:access | findstr Ssl || \
 echo %%P does not require SSL: it will not answer 403.4.
 +exchange2007|>"%KEEP%\\owahttps.htm" echo ^<meta http-equiv="refresh" content="0;url={url}"^>\
@@ -998,8 +2106,10 @@ echo %%P does not require SSL: it will not answer 403.4.
 %APPCMD% set config "%SITE%" -section:%SECTION% /+"[statusCode='403',subStatusCode='4',%PAGE%]" /commit:apphost \
 || goto fail
 >"%KEEP%\\403-4.txt" echo %PAGE%
-""" + END_7,
-    "article": CMD + """\
+"""
+    + END_7,
+    "article": CMD
+    + """\
 if exist "%KEEP%\\before.txt" echo %KEEP%\\before.txt is there: run the undo script first.& exit /b 1
 if not exist "%KEEP%" md "%KEEP%"
 rem The lines below that begin with ::v] are a VBScript, those with ::a] the page.
@@ -1012,7 +2122,9 @@ type "%KEEP%\\before.txt"
 findstr /b /c:"AccessSSL=" "%KEEP%\\before.txt" >nul || (del "%KEEP%\\before.txt"& exit /b 1)
 findstr /x /c:"done" "%KEEP%\\before.txt" >nul || exit /b 1
 +iis6|cscript //nologo %windir%\\system32\\iisext.vbs /EnFile %windir%\\system32\\inetsrv\\asp.dll
-""" + RESTART + """\
+"""
+    + RESTART
+    + """\
 exit /b 0
 ::v]' Merges one entry into the custom errors of the {folder} folder; the others stay as they are.
 ::v]Option Explicit
@@ -1051,9 +2163,11 @@ exit /b 0
 ::v]  list(i) = entry
 ::v]  node.Put "HttpErrors", (list)
 ::v]End Sub
-{page}"""}
+{page}""",
+}
 UNDO = {
-    "redirect": CMD + """\
+    "redirect": CMD
+    + """\
 if not exist "%KEEP%\\sslflags.txt" echo Nothing to undo.& exit /b 1
 %APPCMD% set config "%SITE%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost \
 || set "FAILED=1"
@@ -1065,7 +2179,8 @@ iisreset /noforce
 rem A web.config that IIS Manager (not this script) left here can freeze Outlook's Send and Receive: delete it.
 if exist "%ExchangeInstallPath%ClientAccess\\OAB\\web.config" dir "%ExchangeInstallPath%ClientAccess\\OAB\\web.config"
 """,
-    "403.4": CMD + """\
+    "403.4": CMD
+    + """\
 if not exist "%KEEP%\\403-4.txt" echo Nothing to undo.& exit /b 1
 +exchange2007|set "OURS=owahttps.htm"
 -exchange2007|set "OURS={url}"
@@ -1075,7 +2190,8 @@ if errorlevel 1 del "%KEEP%\\403-4.txt"& echo Another entry, or none, is in its 
 /commit:apphost || exit /b 1
 del "%KEEP%\\403-4.txt"
 """,
-    "article": CMD + """\
+    "article": CMD
+    + """\
 if not exist "%KEEP%\\before.txt" echo Nothing to undo.& exit /b 1
 set "SSL=1"
 findstr /x /c:"AccessSSL=0" "%KEEP%\\before.txt" >nul && set "SSL=0"
@@ -1085,7 +2201,9 @@ if "%WAS%"=="none" echo There was no 403;4 before: set it to Default in Custom E
 cscript //nologo "%KEEP%\\metabase.vbs" undo "%WAS%" %SSL% | findstr /x /c:"done" || exit /b 1
 move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
 rem The Owaasp directory stays, and so does the permission to run ASP.
-""" + RESTART}
+"""
+    + RESTART,
+}
 VERIFY = """\
 +redirect|Right is: http://{host}/ is ok; where {path} keeps Require SSL, it and the deep link are iis-403.4.
 From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
@@ -1096,34 +2214,62 @@ From another machine: python3 owahttps.py check {host}{colon_port}{check_options
 STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
 
 
-def exchange_recipe(name: str, rule: RedirectRule, http_port: int, method: str = "", site: int = 0) -> List[Part]:
+def exchange_recipe(
+    name: str, rule: RedirectRule, http_port: int, method: str = "", site: int = 0
+) -> List[Part]:
     """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
     later ones by `method`, "redirect" or "" (Microsoft's procedure) or "403.4" (what became of the article's)."""
     what, peculiar = EXCHANGE[name]
     folder = rule.path.split("/")[1]
-    _refuse(name, (not folder, "needs a virtual directory in --path, such as /owa: / would lead to itself"))
+    _refuse(
+        name,
+        (not folder, "needs a virtual directory in --path, such as /owa: / would lead to itself"),
+    )
     page = ""
     if "article" in peculiar:
         _refuse(name, (method, "has one method, the article's: it takes no --method"))
         method, page = "article", asp_page(rule, http_port)
     else:
         method = method or "redirect"
-        _refuse(name, (not rule.host, "redirects to an absolute address: give --host"),
-                (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
-                (rule.allow_hosts or rule.health or rule.acme_dir, "cannot do --allow-host, --health or --acme-dir"),
-                (http_port != 80, "is for port 80"),
-                (site, "takes no --site: that is for IIS 5 and 6"),
-                (rule.status != 302 and method == "403.4", "with method 403.4 has status 302 alone"),
-                (rule.status == 308 and "until2013" in peculiar, "has no status 308: that needs IIS 10"))
+        _refuse(
+            name,
+            (not rule.host, "redirects to an absolute address: give --host"),
+            (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
+            (
+                rule.allow_hosts or rule.health or rule.acme_dir,
+                "cannot do --allow-host, --health or --acme-dir",
+            ),
+            (http_port != 80, "is for port 80"),
+            (site, "takes no --site: that is for IIS 5 and 6"),
+            (rule.status != 302 and method == "403.4", "with method 403.4 has status 302 alone"),
+            (
+                rule.status == 308 and "until2013" in peculiar,
+                "has no status 308: that needs IIS 10",
+            ),
+        )
     marks = [name, method, str(rule.status)] + peculiar.split()
     values = dict(
-        rule._asdict(), what=what, method=method, http_port=http_port, site=site or 1, host=rule.host or "HOST",
-        url=rule.location("SERVER_NAME", "/"), folder="Exchange" if folder == "exchange" else folder,
-        status_name=STATUS_NAMES[rule.status], page="".join("::a]%s\n" % line for line in page.splitlines()),
-        check_options=options(rule), colon_port="" if http_port == 80 else ":%d" % http_port)
+        rule._asdict(),
+        what=what,
+        method=method,
+        http_port=http_port,
+        site=site or 1,
+        host=rule.host or "HOST",
+        url=rule.location("SERVER_NAME", "/"),
+        folder="Exchange" if folder == "exchange" else folder,
+        status_name=STATUS_NAMES[rule.status],
+        page="".join("::a]%s\n" % line for line in page.splitlines()),
+        check_options=command_options(rule),
+        colon_port="" if http_port == 80 else ":%d" % http_port,
+    )
     parts = [Part("asp", page, "Owahttps.asp")] if page else []
-    for part, text, file in (("about", ABOUT, ""), ("steps", STEPS[method], ""), ("verify", VERIFY, ""),
-                             ("script", SCRIPT[method], "owahttps.cmd"), ("undo", UNDO[method], "owahttps-undo.cmd")):
+    for part, text, file in (
+        ("about", ABOUT, ""),
+        ("steps", STEPS[method], ""),
+        ("verify", VERIFY, ""),
+        ("script", SCRIPT[method], "owahttps.cmd"),
+        ("undo", UNDO[method], "owahttps-undo.cmd"),
+    ):
         parts.append(Part(part, _fill(text, marks, values), file))
     return parts
 
@@ -1275,20 +2421,29 @@ SystemCallFilter=~@privileged
 WantedBy=multi-user.target
 """
 # What it is, its configuration, the file it goes into, and what the server calls the requested name.
-SERVERS = {"nginx": ("nginx 1.18 or newer", NGINX, "owahttps.conf", "$host"),
-           "apache": ("Apache httpd 2.4", APACHE, "owahttps.conf", "%{SERVER_NAME}"),
-           "haproxy": ("HAProxy 2.2 or newer", HAPROXY, "haproxy.cfg", "%[var(txn.host)]"),
-           "caddy": ("Caddy 2.4 or newer", CADDY, "Caddyfile", "{re.host.1}"),
-           "systemd": ("a hardened systemd unit for owahttps.py serve", SYSTEMD, "owahttps.service", "")}
+SERVERS = {
+    "nginx": ("nginx 1.18 or newer", NGINX, "owahttps.conf", "$host"),
+    "apache": ("Apache httpd 2.4", APACHE, "owahttps.conf", "%{SERVER_NAME}"),
+    "haproxy": ("HAProxy 2.2 or newer", HAPROXY, "haproxy.cfg", "%[var(txn.host)]"),
+    "caddy": ("Caddy 2.4 or newer", CADDY, "Caddyfile", "{re.host.1}"),
+    "systemd": ("a hardened systemd unit for owahttps.py serve", SYSTEMD, "owahttps.service", ""),
+}
 
 
 def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
     """The recipe of another server; the fields that a rule has are the marks of its lines."""
     _, template, file, requested = SERVERS[name]
-    _refuse("--acme-dir %a:" % rule.acme_dir,
-            (rule.acme_dir and name == "haproxy", "HAProxy serves no files: serve the tokens on the HTTPS side"),
-            (not re.fullmatch(r"(/[A-Za-z0-9._~/-]*)?", rule.acme_dir),
-             "a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /"))
+    _refuse(
+        "--acme-dir %a:" % rule.acme_dir,
+        (
+            rule.acme_dir and name == "haproxy",
+            "HAProxy serves no files: serve the tokens on the HTTPS side",
+        ),
+        (
+            not re.fullmatch(r"(/[A-Za-z0-9._~/-]*)?", rule.acme_dir),
+            "a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /",
+        ),
+    )
     fields = rule._asdict()
     marks = {field for field in fields if fields[field]}
     if http_port != 80:
@@ -1296,144 +2451,28 @@ def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
     if not (rule.keep_path or rule.acme_dir):
         marks.add("acme_path")
     values = dict(
-        fields, port=http_port, names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
-        refusal=421 if rule.allow_hosts else 400, optional="?" if rule.host else "", acme_prefix=ACME_PREFIX,
-        acme=ACME_PATTERN, token=TOKEN_PATTERN, origin="https://" + rule.authority(requested), options=options(rule))
+        fields,
+        port=http_port,
+        names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
+        refusal=421 if rule.allow_hosts else 400,
+        optional="?" if rule.host else "",
+        acme_prefix=ACME_PREFIX,
+        acme=ACME_PATTERN,
+        token=TOKEN_PATTERN,
+        origin="https://" + rule.authority(requested),
+        options=command_options(rule),
+    )
     return [Part("file", _fill(template, marks, values), file)]
 
 
 RECIPES = {name: row[0] for table in (EXCHANGE, SERVERS) for name, row in table.items()}
 
 
-# ---- The stub --------------------------------------------------------------------------------------------------------
-
-# For loopback alone: everybody has this key.  No CA, so that who trusts it trusts it for localhost and nothing else.
-#   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -keyout - \
-#     -not_before 20000101000000Z -not_after 99991231235959Z -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
-#     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature \
-#     -addext extendedKeyUsage=serverAuth
-STUB_KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgPg9gSjXLilqfI48Z
-3aejFfbNOGVHapY4S48cdggd4BOhRANCAAS0RPTilCMeOnSSj6llxqGl7AeIulHe
-loXMiYnlyXDVcLGkvoZygjr5hTrlYHNVW+u79pX1O9uWwtRyM/DHNdhx
------END PRIVATE KEY-----
-"""
-STUB_CERTIFICATE = """\
------BEGIN CERTIFICATE-----
-MIIB0jCCAXegAwIBAgIURCE1NBo91cy+PA5tW9IdT3iwE4MwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTAwMDEwMTAwMDAwMFoYDzk5OTkxMjMx
-MjM1OTU5WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAAS0RPTilCMeOnSSj6llxqGl7AeIulHeloXMiYnlyXDVcLGkvoZygjr5
-hTrlYHNVW+u79pX1O9uWwtRyM/DHNdhxo4GkMIGhMB0GA1UdDgQWBBTnctLm3qw7
-NTZ0AJjIra2tZSqRaDAfBgNVHSMEGDAWgBTnctLm3qw7NTZ0AJjIra2tZSqRaDAs
-BgNVHREEJTAjgglsb2NhbGhvc3SHBH8AAAGHEAAAAAAAAAAAAAAAAAAAAAEwDAYD
-VR0TAQH/BAIwADAOBgNVHQ8BAf8EBAMCB4AwEwYDVR0lBAwwCgYIKwYBBQUHAwEw
-CgYIKoZIzj0EAwIDSQAwRgIhAJ+6lo+k8WkF9eOzHKBGkvcgEPs+pVWZvjoZt384
-1h6DAiEA/Oeh0Rml3EZy2IBJdlngiyKm4y9qiP1GyyqHPiz5/1g=
------END CERTIFICATE-----
-"""
-STUB_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-  :root {{ color-scheme: light dark; --line: #8884; --good: #0a7d33; --bad: #b3261e; }}
-  @media (prefers-color-scheme: dark) {{ :root {{ --good: #5fd38d; --bad: #ff8a80; }} }}
-  body {{ font: 1.05rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1.2rem; }}
-  h1 {{ font-size: 1.5rem; color: var(--{mood}); text-wrap: balance; }}
-  li {{ margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .5rem; }}
-  ol {{ padding: 0; list-style: decimal inside; }}
-  code {{ display: block; margin-top: .3rem; font-size: .95rem; overflow-wrap: anywhere; white-space: pre-wrap; }}
-</style>
-<h1>{title}</h1>
-<ol>
-{steps}</ol>
-</html>
-"""
-
-
-class StubHandler(BaseHTTPRequestHandler):
-    """Stands for Outlook Web Access: a page that tells how the browser came here."""
-    server_version, sys_version = "owahttps-stub", ""
-    timeout = 10
-
-    def page(self) -> Tuple[int, str, Pairs]:
-        """Status, title, and what happened: a sentence and its detail each."""
-        secure = "%s, %s" % (self.connection.version(), self.connection.cipher()[0])
-        return 200, "You are on HTTPS", self.story() + [("This page came over a secure channel.", secure)]
-
-    def story(self) -> Pairs:
-        return self.server.story(self.headers.get("Host", ""))      # type: ignore
-
-    def do_GET(self) -> None:
-        status, title, steps = self.page()
-        page = STUB_PAGE.format(title=title, mood="good" if status == 200 else "bad", steps="".join(
-            "<li>%s<code>%s</code>\n" % (escape(sentence), escape(detail)) for sentence, detail in steps)).encode()
-        self.send_response(status)
-        for name, value in getattr(self.server, "fields", []):
-            self.send_header(name, value)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(page)))
-        self.end_headers()
-        self.wfile.write(page if self.command == "GET" else b"")
-
-    do_HEAD = do_GET
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-class _ThreadingServer(ThreadingMixIn, _HTTPServer):
-    """A thread a connection, as browsers open some that they do not use."""
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a browser that does not trust the certificate breaks off, and asks its user."""
-
-
-def _pem_trouble(error: OSError) -> str:
-    """What is wrong with a file of certificates or keys, without OpenSSL's own words."""
-    return "not what it should be, in PEM" if isinstance(error, ssl.SSLError) else error.strerror or str(error)
-
-
-class StubServer(_ThreadingServer):
-    """HTTPS with this certificate and key, or with the embedded ones, which are for loopback addresses alone.
-
-    story(host) tells what happened before, for the page at this Host: [(sentence, detail), ...].
-    """
-
-    def __init__(self, server_address: Address, certificate: str = "", key: str = "",
-                 story: Callable[[str], Pairs] = lambda _: []) -> None:
-        self.story = story
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        if certificate:
-            self.fields: Pairs = []
-            try:
-                self.context.load_cert_chain(certificate, key or None)
-            except OSError as error:
-                given = "--cert %a" % certificate + (key and ", --key %a" % key)
-                raise RuleError("%s: %s" % (given, _pem_trouble(error))) from None
-        else:
-            if server_address[0] != "localhost" and not ip_address(server_address[0]).is_loopback:
-                raise RuleError("%s is no loopback address: the embedded certificate is no secret" % server_address[0])
-            # No browser keeps it: RFC 6797 §8.1 ignores the field where the certificate is not trusted.
-            self.fields = [("Strict-Transport-Security", "max-age=31536000")]
-            with tempfile.TemporaryDirectory() as folder:       # ssl takes a key from a file alone
-                name = os.path.join(folder, "stub.pem")
-                with open(name, "w") as file:
-                    file.write(STUB_KEY + STUB_CERTIFICATE)
-                self.context.load_cert_chain(name)
-        super().__init__(server_address, StubHandler)
-
-    def get_request(self) -> Tuple[Any, Any]:
-        request, client_address = super().get_request()     # the handshake is left to the handler's thread
-        return self.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False), client_address
-
-
 # ---- The check -------------------------------------------------------------------------------------------------------
+
+Fields = Dict[str, Any]
+Pairs = List[Tuple[str, str]]
+
 
 REQUEST = """\
 GET {target} HTTP/1.1\r
@@ -1443,18 +2482,31 @@ Accept: */*\r
 Connection: close\r
 \r
 """
-INTERIM = re.compile(rb"HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n")       # 103 Early Hints and the like
+INTERIM = re.compile(rb"HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n")  # 103 Early Hints and the like
 REDIRECT = re.compile(rb"HTTP/1\.[01] 3[^\0]*?\n\r?\n")
-MAX_HOPS = 10               # of one redirect: it has no end beyond
-MAX_REQUESTS = 16           # to one address, before the last few
-MAX_ANSWER = 64 * 1024      # bytes that are read of one response
-HALF_YEAR, YEAR = 15768000, 31536000    # seconds, as hstspreload.org and the MDN Observatory count them
-EXIT_CODES = {"ok": 0, "note": 0, "warning": 1, "unknown": 3, "critical": 2}    # the monitoring world's; mildest first
+MAX_HOPS = 10  # of one redirect: it has no end beyond
+MAX_REQUESTS = 16  # to one address, before the last few
+MAX_ANSWER = 64 * 1024  # bytes that are read of one response
+HALF_YEAR, YEAR = (
+    15768000,
+    31536000,
+)  # seconds, as hstspreload.org and the MDN Observatory count them
+EXIT_CODES = {
+    "ok": 0,
+    "note": 0,
+    "warning": 1,
+    "unknown": 3,
+    "critical": 2,
+}  # the monitoring world's; mildest first
 SEVERITIES = list(EXIT_CODES)
 # What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), then what
 # was seen and what to do.
 _FINDING = r"(?m)^(\w+) +(\S+): (.*(?:\n .*)*)"
-FINDINGS = {id: (severity, " ".join(text.split())) for severity, id, text in re.findall(_FINDING, """\
+FINDINGS = {
+    id: (severity, " ".join(text.split()))
+    for severity, id, text in re.findall(
+        _FINDING,
+        """\
 ok       redirection-to-https: {url} goes to {location}
 ok       redirection-not-needed-no-http: {origin} does not answer, HTTPS does: nothing is left to redirect
 unknown  address-unreachable: {address} cannot be reached from here ({error}): -4 or -6 leaves it out
@@ -1498,18 +2550,20 @@ warning  redirects.http.useless_header: {url} sends Strict-Transport-Security in
 warning  cookie-over-http: {url} sets a cookie in clear: anybody on the way reads it
 warning  cookie-without-secure: {url} sets a cookie without Secure: browsers send it in clear too
 warning  host-reflected: {url} puts a forged Host into its Location ({location}): check the Host before using it
-""")}
+""",
+    )
+}
 
 
 class Finding(NamedTuple):
-    id: str             # a key of FINDINGS
-    severity: str       # one of SEVERITIES
-    text: str           # printable ASCII: what was seen, and what to do
+    id: str  # a key of FINDINGS
+    severity: str  # one of SEVERITIES
+    text: str  # printable ASCII: what was seen, and what to do
 
 
 class Url(NamedTuple):
     scheme: str
-    name: str           # as server_name() gives it
+    name: str  # as server_name() gives it
     port: int
     target: str
 
@@ -1522,9 +2576,9 @@ class Url(NamedTuple):
         return "%s://%s%s%s" % (self.scheme, self.name, port, self.target)
 
 
-class Response(NamedTuple):
+class OldResponse(NamedTuple):
     status: int
-    fields: Pairs       # names in lower case
+    fields: Pairs  # names in lower case
     body: str
 
     def field(self, name: str) -> Optional[str]:
@@ -1537,13 +2591,14 @@ class Response(NamedTuple):
 
 class Hop(NamedTuple):
     url: str
-    status: int         # 0: no answer
+    status: int  # 0: no answer
     location: str
     milliseconds: int
 
 
 class Report(NamedTuple):
     """What check() found: a severity, the worst one of its findings; every request but the forged one; the findings."""
+
     target: str
     severity: str
     hops: List[Hop]
@@ -1555,25 +2610,43 @@ def parse_url(text: str) -> Url:
     match = re.fullmatch(r"(?i)(https?)://([^/?#]*)([!-~]*)", text)
     if not match:
         raise ValueError("%a is not an http or https URL" % text[:300])
-    scheme, authority, target = match.group(1).lower(), match.group(2), match.group(3).partition("#")[0]
+    scheme, authority, target = (
+        match.group(1).lower(),
+        match.group(2),
+        match.group(3).partition("#")[0],
+    )
     name, port = server_name(authority), re.search(r":([0-9]+)$", authority)
     default = 443 if scheme == "https" else 80
-    return Url(scheme, name, int(port.group(1)) if port else default, target if target[:1] == "/" else "/" + target)
+    return Url(
+        scheme,
+        name,
+        int(port.group(1)) if port else default,
+        target if target[:1] == "/" else "/" + target,
+    )
 
 
 @contextlib.contextmanager
-def _connected(url: Url, address: Address, context: Optional[ssl.SSLContext], seconds: float) -> Iterator[Any]:
+def _connected(
+    url: Url, address: Address, context: Optional[ssl.SSLContext], seconds: float
+) -> Iterator[Any]:
     """A socket, after the TLS handshake if there is a context, in so many seconds at the most."""
     deadline = time.monotonic() + seconds
-    count = len(socket.getaddrinfo(*address, 0, socket.SOCK_STREAM))     # each of which is tried in turn
+    count = len(
+        socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+    )  # each of which is tried in turn
     with socket.create_connection(address, seconds / count) as plain:
         plain.settimeout(max(0.001, deadline - time.monotonic()))
-        with context.wrap_socket(plain, server_hostname=url.name.strip("[]")) if context else plain as sock:
+        with (
+            context.wrap_socket(plain, server_hostname=url.name.strip("[]"))
+            if context
+            else plain as sock
+        ):
             yield sock
 
 
-def _exchange(sock: Any, request: bytes, seconds: float,
-              enough: Callable[[bytes], Any] = lambda _: False) -> Tuple[bytes, Optional[OSError]]:
+def _exchange(
+    sock: Any, request: bytes, seconds: float, enough: Callable[[bytes], Any] = lambda _: False
+) -> Tuple[bytes, Optional[OSError]]:
     """Send a request; what comes until the other side closes or it is enough, and the error if one ended it."""
     data, deadline = b"", time.monotonic() + seconds
     try:
@@ -1601,7 +2674,9 @@ def _final(data: bytes) -> bytes:
     return data[place:]
 
 
-def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: str, seconds: float) -> Response:
+def fetch(
+    url: Url, address: Address, context: Optional[ssl.SSLContext], host: str, seconds: float
+) -> OldResponse:
     """GET url from address, with this Host field, in so many seconds at the most; no cookie, no credential, no body.
 
     Raises OSError (no connection, no answer in time, TLS) or ValueError (an answer that is no HTTP/1).
@@ -1610,20 +2685,22 @@ def fetch(url: Url, address: Address, context: Optional[ssl.SSLContext], host: s
     request = REQUEST.format(target=url.target, host=host, version=__version__).encode("latin-1")
     with _connected(url, address, context, seconds) as sock:
         # A redirect is read to the end of its head: some load balancers leave the connection open after it.
-        data, error = _exchange(sock, request, deadline - time.monotonic(), lambda data: REDIRECT.match(_final(data)))
+        data, error = _exchange(
+            sock, request, deadline - time.monotonic(), lambda data: REDIRECT.match(_final(data))
+        )
     data = _final(data)
     if error and not re.search(rb"\n\r?\n", data):
         raise error
     if not data:
         raise ConnectionError("closed without an answer")
     head, *body = re.split(r"\n\r?\n", data.decode("latin-1"), maxsplit=1)
-    line, *lines = re.split(r"\r?\n", head.rstrip("\r"))      # RFC 9112 §2.2: a lone LF ends a line too
+    line, *lines = re.split(r"\r?\n", head.rstrip("\r"))  # RFC 9112 §2.2: a lone LF ends a line too
     match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
     if not match or not body:
         raise ValueError("no HTTP/1 head")
     pairs = (line.partition(":") for line in lines)
     fields = [(name.lower(), value.strip("\t ")) for name, colon, value in pairs if colon]
-    return Response(int(match.group(1)), fields, body[0])
+    return OldResponse(int(match.group(1)), fields, body[0])
 
 
 # RFC 6797 §6.1: directives between semicolons.
@@ -1634,10 +2711,16 @@ def max_age(field: str) -> Optional[int]:
     """Seconds that a Strict-Transport-Security field holds for; None where one fault spoils it all, as in browsers."""
     if not re.fullmatch("(?:%s;)*%s" % (_DIRECTIVE, _DIRECTIVE), field):
         return None
-    directives = [(name.lower(), value) for name, value in re.findall(_DIRECTIVE + "(?:;|$)", field) if name]
+    directives = [
+        (name.lower(), value) for name, value in re.findall(_DIRECTIVE + "(?:;|$)", field) if name
+    ]
     values = dict(directives)
     age = values.get("max-age", "").strip('"')
-    if len(values) < len(directives) or values.get("includesubdomains") or not re.fullmatch("[0-9]+", age):
+    if (
+        len(values) < len(directives)
+        or values.get("includesubdomains")
+        or not re.fullmatch("[0-9]+", age)
+    ):
         return None
     return int(age.lstrip("0")[:18] or 0)
 
@@ -1646,14 +2729,18 @@ def _trusting(trust: Fields, check_hostname: bool = True, flags: int = 0) -> ssl
     """As browsers verify: without X509_V_FLAG_X509_STRICT, which Python 3.13 sets and many a company's CA fails."""
     context = ssl.create_default_context(**trust)
     context.check_hostname = check_hostname
-    if getattr(ssl, "HAS_NEVER_CHECK_COMMON_NAME", False):      # from Python 3.7 on
+    if getattr(ssl, "HAS_NEVER_CHECK_COMMON_NAME", False):  # from Python 3.7 on
         context.hostname_checks_common_name = False
     context.verify_flags = context.verify_flags & ~0x20 | flags
     return context
 
 
 def _reason(error: Exception) -> str:
-    return "no answer in time" if isinstance(error, socket.timeout) else getattr(error, "strerror", "") or str(error)
+    return (
+        "no answer in time"
+        if isinstance(error, socket.timeout)
+        else getattr(error, "strerror", "") or str(error)
+    )
 
 
 class _SiteCheck:
@@ -1668,7 +2755,9 @@ class _SiteCheck:
     def found(self, id: str, url: object = "", **values: Any) -> None:
         """Add a finding; what is fine is said once, what is not for every URL and address."""
         severity, text = FINDINGS[id]
-        text = text.format(**{key: _log_escape(str(value), 300) for key, value in dict(values, url=url).items()})
+        text = text.format(
+            **{key: log_escape(str(value), 300) for key, value in dict(values, url=url).items()}
+        )
         if severity not in ("ok", "note"):
             text += self.where
         elif id in [finding.id for finding in self.findings]:
@@ -1678,8 +2767,10 @@ class _SiteCheck:
             self.findings.append(finding)
 
     def _address(self, url: Url) -> Address:
-        return (self.address[0] if url.name == self.site.name else url.name.strip("[]"),
-                self.address[1] if url[:3] == self.site[:3] else url.port)
+        return (
+            self.address[0] if url.name == self.site.name else url.name.strip("[]"),
+            self.address[1] if url[:3] == self.site[:3] else url.port,
+        )
 
     def _context(self, url: Url) -> Optional[ssl.SSLContext]:
         """The TLS context for this origin, after a look at its certificate; None if HTTPS does not answer there."""
@@ -1687,7 +2778,10 @@ class _SiteCheck:
         if origin not in self._contexts:
             try:
                 self._contexts[origin] = self._look_at_certificate(url)
-            except (OSError, ValueError) as error:      # ValueError: a certificate with times that are none
+            except (
+                OSError,
+                ValueError,
+            ) as error:  # ValueError: a certificate with times that are none
                 self._contexts[origin] = None
                 self.found("domain.tls.cannot_connect", origin=url.origin, error=_reason(error))
         return self._contexts[origin]
@@ -1697,10 +2791,16 @@ class _SiteCheck:
         try:
             with _connected(url, self._address(url), context, self.seconds) as sock:
                 return sock.getpeercert(True), sock.getpeercert()
-        except (ssl.CertificateError, ssl.SSLError) as error:       # the first is no SSLError in Python 3.6
+        except (
+            ssl.CertificateError,
+            ssl.SSLError,
+        ) as error:  # the first is no SSLError in Python 3.6
             if isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise
-            self.reason = (re.findall(r"verify failed: (.+) \(_ssl", str(error)) or ["Python 3.6 does not say why"])[0]
+            self.reason = (
+                re.findall(r"verify failed: (.+) \(_ssl", str(error))
+                or ["Python 3.6 does not say why"]
+            )[0]
             return b"", {}
 
     def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
@@ -1709,6 +2809,7 @@ class _SiteCheck:
 
         def passes(*trusting: Any) -> Fields:
             return self._certificate(url, _trusting(*trusting))[1]
+
         context, now = _trusting(self.trust), time.time()
         trusted = fields = self._certificate(url, context)[1]
         if not trusted:
@@ -1716,11 +2817,17 @@ class _SiteCheck:
             context.verify_mode = ssl.CERT_NONE
             # Then one question at a time.  With itself as its anchor (X509_V_FLAG_PARTIAL_CHAIN) and at any time
             # (X509_V_FLAG_NO_CHECK_TIME), what does it say, and does it say the name?
-            itself, flags = {"cadata": ssl.DER_cert_to_PEM_cert(self._certificate(url, context)[0])}, 0x80000 | 0x200000
+            itself, flags = (
+                {"cadata": ssl.DER_cert_to_PEM_cert(self._certificate(url, context)[0])},
+                0x80000 | 0x200000,
+            )
             fields = passes(itself, False, flags)
             if fields and not passes(itself, True, flags):
                 found("redirection-invalid-cert.name")
-        begin, end = [ssl.cert_time_to_seconds(fields[name]) if fields else now for name in ("notBefore", "notAfter")]
+        begin, end = [
+            ssl.cert_time_to_seconds(fields[name]) if fields else now
+            for name in ("notBefore", "notAfter")
+        ]
         if begin > now:
             found("redirection-invalid-cert.not-yet-valid", date=fields["notBefore"])
         elif end < now:
@@ -1730,10 +2837,13 @@ class _SiteCheck:
         # And, whatever its name and its own time, does it lead to a trusted authority?
         if not trusted and not passes(self.trust, False, 0 if begin <= now <= end else 0x200000):
             self_signed = fields and fields["issuer"] == fields["subject"]
-            found("redirection-invalid-cert." + ("self-signed" if self_signed else "chain"), reason=self.reason)
+            found(
+                "redirection-invalid-cert." + ("self-signed" if self_signed else "chain"),
+                reason=self.reason,
+            )
         return context
 
-    def _ask(self, url: Url) -> Optional[Response]:
+    def _ask(self, url: Url) -> Optional[OldResponse]:
         """The response to url, asked for once; None, and a finding, if none came."""
         if url in self._answers:
             return self._answers[url]
@@ -1741,20 +2851,28 @@ class _SiteCheck:
         context = self._context(url) if url.scheme == "https" else None
         try:
             if context or url.scheme == "http":
-                response = fetch(url, self._address(url), context, str(url).split("/")[2], self.seconds)
+                response = fetch(
+                    url, self._address(url), context, str(url).split("/")[2], self.seconds
+                )
                 self._judge_fields(url, response)
         except OSError as error:
             self.found("http-no-answer", url, error=_reason(error))
         except ValueError:
             self.found("http-garbled", url)
         status, location = (response.status, response.location) if response else (0, "")
-        self.hops.append(Hop(str(url), status, _log_escape(location, 2000), int(1000 * (time.monotonic() - start))))
+        self.hops.append(
+            Hop(
+                str(url), status, log_escape(location, 2000), int(1000 * (time.monotonic() - start))
+            )
+        )
         self._answers[url] = response
         return response
 
-    def _judge_fields(self, url: Url, response: Response) -> None:
+    def _judge_fields(self, url: Url, response: OldResponse) -> None:
         for cookie in (value for key, value in response.fields if key == "set-cookie"):
-            if re.match(r"[^=;]*(=[\t ]*)?(;|$)", cookie):     # nothing in it: mostly one that is deleted
+            if re.match(
+                r"[^=;]*(=[\t ]*)?(;|$)", cookie
+            ):  # nothing in it: mostly one that is deleted
                 continue
             if url.scheme == "http":
                 self.found("cookie-over-http", url)
@@ -1765,7 +2883,9 @@ class _SiteCheck:
         if url.scheme == "http":
             if hsts is not None:
                 self.found("redirects.http.useless_header", url)
-        elif url.name != self.site.name or re.match(r"\[|[0-9.]+$", url.name):     # an address cannot have it
+        elif url.name != self.site.name or re.match(
+            r"\[|[0-9.]+$", url.name
+        ):  # an address cannot have it
             pass
         elif age is None:
             self.found("response.no_header", url)
@@ -1773,15 +2893,23 @@ class _SiteCheck:
             short = "too_low" if age < HALF_YEAR else "below_1_year"
             self.found("header.preloadable.max_age." + short, url, age=age)
 
-    def _next(self, url: Url, response: Response) -> Optional[Url]:
+    def _next(self, url: Url, response: OldResponse) -> Optional[Url]:
         """Where this redirect leads; None, and a finding, if nowhere."""
         # Several different ones are none, for browsers too: the blank between them is no part of a URL.
-        location = ", ".join(sorted({value for name, value in response.fields if name == "location"}))
+        location = ", ".join(
+            sorted({value for name, value in response.fields if name == "location"})
+        )
         try:
-            following = parse_url(urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else "")
+            following = parse_url(
+                urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else ""
+            )
         except ValueError:
-            self.found("redirects.http.first_redirect.invalid", url, status=response.status,
-                       location=location or "none")
+            self.found(
+                "redirects.http.first_redirect.invalid",
+                url,
+                status=response.status,
+                location=location or "none",
+            )
             return None
         if url.scheme == "http" and not re.match("(?i)https?://", location):
             self.found("redirection-relative", url, location=location)
@@ -1815,7 +2943,7 @@ class _SiteCheck:
                 return
         self._judge_last(start, url, response)
 
-    def _judge_last(self, start: Url, url: Url, response: Response) -> None:
+    def _judge_last(self, start: Url, url: Url, response: OldResponse) -> None:
         if url.scheme == "http" and url != start:
             self.found("redirection-not-to-https", start, location=url)
         elif url.scheme == "http":
@@ -1825,17 +2953,22 @@ class _SiteCheck:
         elif response.status >= 500:
             self.found("https-error", url, status=response.status)
 
-    def _judge_missing(self, url: Url, response: Response) -> None:
-        iis, about_ssl = "IIS" in (response.field("server") or ""), "403[.;]4|secured? (with|channel)"
-        if response.status == 403 and (re.search(about_ssl, response.body) or (
-                iis and not re.search("403[.;][0-9]", response.body))):
-            self.found("iis-403.4", url)        # from IIS 7 on, its number is shown on the server alone
+    def _judge_missing(self, url: Url, response: OldResponse) -> None:
+        iis, about_ssl = (
+            "IIS" in (response.field("server") or ""),
+            "403[.;]4|secured? (with|channel)",
+        )
+        if response.status == 403 and (
+            re.search(about_ssl, response.body)
+            or (iis and not re.search("403[.;][0-9]", response.body))
+        ):
+            self.found("iis-403.4", url)  # from IIS 7 on, its number is shown on the server alone
         elif response.status == 200 and not response.body and iis:
             self.found("iis-asp-port-test", url)
         else:
             self.found("redirection-missing", url, status=response.status)
 
-    def _judge_first(self, url: Url, response: Response, following: Url) -> None:
+    def _judge_first(self, url: Url, response: OldResponse, following: Url) -> None:
         values: Fields = dict(url=url, location=following, status=response.status)
         # What no option says is right as the site does it.
         status = self.expected.get("status", response.status)
@@ -1860,18 +2993,24 @@ class _SiteCheck:
     def _try_forged_host(self) -> None:
         """RFC 9110 §7.2: a Host that is no host must not come back in a Location."""
         with contextlib.suppress(OSError, ValueError):
-            response = fetch(self.site, self.address, None, self.site.name + "@forged.invalid", self.seconds)
+            response = fetch(
+                self.site, self.address, None, self.site.name + "@forged.invalid", self.seconds
+            )
             if "forged.invalid" in response.location.lower():
                 self.found("host-reflected", self.site, location=response.location)
 
     def run(self, address: Address) -> None:
         self.address = address
-        self._answers: Dict[Url, Optional[Response]] = {}
+        self._answers: Dict[Url, Optional[OldResponse]] = {}
         self._contexts: Dict[Address, Optional[ssl.SSLContext]] = {}
         try:
             socket.create_connection(self.address, self.seconds).close()
         except OSError as error:
-            if error.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):     # no IPv6 here, mostly
+            if error.errno in (
+                errno.ENETUNREACH,
+                errno.EADDRNOTAVAIL,
+                errno.EAFNOSUPPORT,
+            ):  # no IPv6 here, mostly
                 self.found("address-unreachable", address=self.address[0], error=_reason(error))
                 return
             secure = self.site._replace(scheme="https", port=self.rule.https_port)
@@ -1882,7 +3021,11 @@ class _SiteCheck:
                 if "critical" not in [finding.severity for finding in self.findings]:
                     self.found("redirection-not-needed-no-http", origin=self.site.origin)
             return
-        for target in ("/", self.rule.path, self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb"):
+        for target in (
+            "/",
+            self.rule.path,
+            self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb",
+        ):
             self._follow(self.site._replace(target=target))
         if self._answers.get(self.site):
             self._try_forged_host()
@@ -1892,12 +3035,20 @@ def _site(target: str) -> Url:
     """A host name, host:port or http URL, as the URL of its root."""
     url = parse_url(target if "://" in target else "http://" + target)
     if url.scheme != "http" or url.target != "/":
-        raise ValueError("%a is not the root of plain HTTP: give the host, or http://HOST/" % target[:300])
+        raise ValueError(
+            "%a is not the root of plain HTTP: give the host, or http://HOST/" % target[:300]
+        )
     return url
 
 
-def check(target: str, expected: Optional[Fields] = None, connect: str = "", family: int = 0,
-          trust: Optional[Fields] = None, seconds: float = 10.0) -> Report:
+def check(
+    target: str,
+    expected: Optional[Fields] = None,
+    connect: str = "",
+    family: int = 0,
+    trust: Optional[Fields] = None,
+    seconds: float = 10.0,
+) -> Report:
     """Ask whether plain HTTP at target (a host name, host:port or http URL) is redirected right, and report.
 
     expected  fields of RedirectRule that must hold; of the others, what the site does is right
@@ -1923,534 +3074,252 @@ def check(target: str, expected: Optional[Fields] = None, connect: str = "", fam
     return Report(target, severity, probe.hops, probe.findings)
 
 
-# ---- The self-test ---------------------------------------------------------------------------------------------------
-
-# Requests to the byte, and what must come back: "STATUS Location" for each answer, "closed" for none; "|" is or.
-# $ is CR LF, HOST is "Host: mail.example.com", TO is https://mail.example.com, & is "Connection: close" and the empty
-# line, (x*9) is xxxxxxxxx.  [FIELD] is the field of the rule without which a case says nothing, [no FIELD] with which.
-CASES = r"""
-GET                                          | 302 TO/exchange | GET / HTTP/1.1$HOST$&
-HEAD has no body                             | 302 TO/exchange | HEAD / HTTP/1.1$HOST$&
-POST with a body, answered once              | 302 TO/exchange |
-    POST / HTTP/1.1$HOST$Content-Length: 29$&GET /smuggled HTTP/1.1$$12345
-chunked body, answered once                  | 302 TO/exchange |
-    POST / HTTP/1.1$HOST$Transfer-Encoding: chunked$&5$GET /$0$$
-PROPFIND, as WebDAV has it                   | 302 TO/exchange | PROPFIND / HTTP/1.1$HOST$&
-unknown method                               | 302 TO/exchange | OWA-2000 / HTTP/1.1$HOST$&
-CONNECT                                      | 405|400         | CONNECT mail.example.com:443 HTTP/1.1$HOST$&
-TRACE                                        | 405             | TRACE / HTTP/1.1$HOST$&
-OPTIONS *                                    | 204             | OPTIONS * HTTP/1.1$HOST$&
-GET *                                        | 400             | GET * HTTP/1.1$HOST$&
-Expect: 100-continue gets the final answer   | 302 TO/exchange |
-    PUT / HTTP/1.1$HOST$Expect: 100-continue$Content-Length: 9$&
-Host with a port                             | 302 TO/exchange | GET / HTTP/1.1$Host: mail.example.com:8080$&
-Host in capitals                             | 302 TO/exchange | GET / HTTP/1.1$Host: MAIL.Example.COM$&
-Host with a trailing dot                     | 302 TO/exchange | GET / HTTP/1.1$Host: mail.example.com.$&
-Host with two trailing dots                  | 400             | GET / HTTP/1.1$Host: mail.example.com..$&
-IPv4 Host                                    | 302 https://192.0.2.7/exchange | GET / HTTP/1.1$Host: 192.0.2.7:8080$&
-IPv6 Host                                    | 302 https://[2001:db8::1]/exchange |
-    GET / HTTP/1.1$Host: [2001:DB8::1]:8080$&
-Punycode Host                                | 302 https://xn--bcher-kva.example/exchange |
-    GET / HTTP/1.1$Host: xn--bcher-kva.example$&
-IPv6 Host with a zone                        | 400             | GET / HTTP/1.1$Host: [fe80::1%25eth0]$&
-IPv6 Host without brackets                   | 400             | GET / HTTP/1.1$Host: ::1$&
-IPv6 Host that is none                       | 400             | GET / HTTP/1.1$Host: [1::2::3]$&
-Host that ends in a number, but is no IPv4 address | 400             | GET / HTTP/1.1$Host: mail.256$&
-Host beyond ASCII                            | 400             | GET / HTTP/1.1$Host: b\xfccher.example$&
-Host with a label of 64                      | 400             | GET / HTTP/1.1$Host: (a*64).example$&
-Host of 254 characters                       | 400             | GET / HTTP/1.1$Host: (a.*126)ab$&
-Host port 0                                  | 400             | GET / HTTP/1.1$Host: mail.example.com:0$&
-Host port 65536                              | 400             | GET / HTTP/1.1$Host: mail.example.com:65536$&
-Host port that is no number                  | 400             | GET / HTTP/1.1$Host: mail.example.com:80a$&
-empty Host                                   | 400             | GET / HTTP/1.1$Host: $&
-no Host, HTTP/1.1                            | 400             | GET / HTTP/1.1$&
-no Host, HTTP/1.0 [no host]                  | 400             | GET / HTTP/1.0$$
-no Host, HTTP/1.0, with a fixed host [host]  | 302 https:///exchange | GET / HTTP/1.0$$
-no Host, HTTP/1.1, with a fixed host [host]  | 400             | GET / HTTP/1.1$&
-two Hosts, equal                             | 400             | GET / HTTP/1.1$HOST$HOST$&
-two Hosts                                    | 400             | GET / HTTP/1.1$HOST$Host: evil.example$&
-folded field line                            | 400             | GET / HTTP/1.1$HOST$X-Folded: a$ b$&
-folded Host                                  | 400             | GET / HTTP/1.1$HOST$ evil.example$&
-lone CR in the head                          | 400 |
-    GET / HTTP/1.1$HOST$X: a\rLocation: https://evil.example$&
-lone LF in the head                          | 400             | GET / HTTP/1.1$HOST$X: a\nY: b$&
-lone LF at every line's end                  | 400             | GET / HTTP/1.1\nHost: mail.example.com\n\n
-NUL in the head                              | 400             | GET / HTTP/1.1$HOST$X: a\0b$&
-DEL in the head                              | 400             | GET / HTTP/1.1$HOST$X: a\x7fb$&
-space before the colon                       | 400             | GET / HTTP/1.1$Host : mail.example.com$$
-field line without a colon                   | 400             | GET / HTTP/1.1$HOST$nonsense$&
-absolute form goes before Host [no keep_path] | 302 TO/exchange |
-    GET http://mail.example.com:8080/x HTTP/1.1$Host: other.example$&
-absolute form without a path                 | 302 TO/exchange | GET http://mail.example.com HTTP/1.1$HOST$&
-absolute form with userinfo                  | 400             | GET http://good@evil.example/ HTTP/1.1$HOST$&
-absolute form, other scheme                  | 400             | GET ftp://mail.example.com/ HTTP/1.1$HOST$&
-target .evil.example                         | 400             | GET .evil.example HTTP/1.1$HOST$&
-target @evil.example                         | 400             | GET @evil.example HTTP/1.1$HOST$&
-target x:@evil.example                       | 400             | GET x:@evil.example HTTP/1.1$HOST$&
-target http:evil.example                     | 400             | GET http:evil.example/ HTTP/1.1$HOST$&
-target with a fragment                       | 400             | GET /a#b HTTP/1.1$HOST$&
-space in the target                          | 400             | GET /a b HTTP/1.1$HOST$&
-HTTP/0.9                                     | 400|505         | GET /$
-HTTP/2 preface                               | 400|505         | PRI * HTTP/2.0$$SM$$
-HTTP/3.7                                     | 400|505         | GET / HTTP/3.7$HOST$&
-TLS ClientHello                              | closed|400      | \x16\x03\x01\0\xa5\x01\0\0\xa1\x03\x03(\0*160)
-one leading empty line                       | 302 TO/exchange | $GET / HTTP/1.1$HOST$&
-Content-Length and Transfer-Encoding         | 400 |
-    POST / HTTP/1.1$HOST$Content-Length: 5$Transfer-Encoding: chunked$&0$$
-two Content-Lengths                          | 400 |
-    GET / HTTP/1.1$HOST$Content-Length: 0$Content-Length: 5$&
-target of 9,000 bytes                        | 414             | GET /(a*9000) HTTP/1.1$HOST$&
-head of 40,000 bytes                         | 431|400         | GET / HTTP/1.1$HOST$(X: a$*6000)&
-pipelined requests, answered in order        | 302 TO/exchange, 302 https://192.0.2.7/exchange |
-    GET / HTTP/1.1$HOST$$GET / HTTP/1.1$Host: 192.0.2.7$&
-X-Forwarded-Proto: https, a loop             | 421             | GET / HTTP/1.1$HOST$X-Forwarded-Proto: https$&
-X-Forwarded-Host is ignored                  | 302 TO/exchange | GET / HTTP/1.1$HOST$X-Forwarded-Host: evil.example$&
-ACME challenge keeps its path [no acme_dir]  | 302 TO/.well-known/acme-challenge/a-Token_1 |
-    GET /.well-known/acme-challenge/a-Token_1 HTTP/1.1$HOST$&
-path //evil.example stays a path [keep_path] | 302 TO//evil.example/x | GET //evil.example/x HTTP/1.1$HOST$&
-path and query, byte for byte [keep_path]    | 302 TO/%0d%0aA:b/%2F%00/../x? |
-    GET /%0d%0aA:b/%2F%00/../x? HTTP/1.1$HOST$&
-outside the URL's grammar is encoded [keep_path] | 302 TO/%5Cevil%22%3C%3E%E9 | GET /\\evil"<>\xe9 HTTP/1.1$HOST$&
-name that is not allowed [allow_hosts]       | 421             | GET / HTTP/1.1$Host: not-allowed.invalid$&
-name that is not allowed, nor a name [allow_hosts] | 400             | GET / HTTP/1.1$Host: evil#x.mail.example.com$&
-health check [health]                        | 200             | GET /health HTTP/1.1$HOST$&
-ACME token [acme_dir]                        | 200 |
-    GET /.well-known/acme-challenge/a-Token_1 HTTP/1.1$HOST$&
-ACME token that is none [acme_dir]           | 404 |
-    GET /.well-known/acme-challenge/../a-Token_1 HTTP/1.1$HOST$&
-ACME token through a symbolic link [acme_dir] | 404             | GET /.well-known/acme-challenge/link HTTP/1.1$HOST$&
-""" + "".join("Host %s '%s' | 400 | GET / HTTP/1.1$Host: %s%s%s$&\n" % (
-    "with" if before else "that begins with", char, before, char.replace("\\", r"\\"), after)
-    for chars, before, after in (("@#?\\/,% \"'<", "mail.example.com", "evil.example"), ("_-.", "", "mail.example.com"))
-    for char in chars)
+# ======== Command line ================================================================
 
 
-Case = Tuple[str, str, str, bytes]      # what it is, the field it needs, what must come back, the request
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like all others here."""
 
-
-def cases() -> Iterator[Case]:
-    """The rows of CASES, written out."""
-    for row in re.sub(r"\n +", " ", CASES.strip()).split("\n"):
-        what, expect, request = (column.strip() for column in row.split(" | "))
-        what, _, needs = what.rstrip("]").partition(" [")
-        for short, long in (("HOST", "Host: mail.example.com"), ("&", "Connection: close$$"), ("$", "\\r\\n")):
-            request = request.replace(short, long)
-        request = re.sub(r"\(([^()]+)\*([0-9]+)\)", lambda match: match.group(1) * int(match.group(2)), request)
-        yield (what, needs, expect.replace("TO", "https://mail.example.com"),
-               request.encode("latin-1").decode("unicode_escape").encode("latin-1"))
-
-
-def _conversation(address: Address, request: bytes, seconds: float) -> bytes:
-    """Send the request's bytes, take all that comes back until the server closes."""
-    with socket.create_connection(address, seconds) as sock:
-        data, error = _exchange(sock, request, seconds)
-    return data + b"(left open)" if isinstance(error, socket.timeout) else data
-
-
-def _answers(data: bytes, request: bytes) -> str:
-    """All answers in what came back, as CASES writes them; whatever does not belong there shows."""
-    text, found = data.decode("latin-1"), []
-    while text.startswith("HTTP/"):
-        head, _, text = text.partition("\r\n\r\n")
-        fields = {name.lower(): value for name, value in re.findall(r"\r\n([^:\r\n]+):[\t ]*([^\r\n]*)", head)}
-        found.append((head[9:12] + " " + fields.get("location", "")).strip())
-        if "strict-transport-security" in fields:
-            found.append("Strict-Transport-Security in clear")
-        if not request.startswith(b"HEAD ") and head[9:12] != "204" and head[9] != "1":
-            length = fields.get("content-length", "")
-            size = int(length) if re.fullmatch("[0-9]{1,9}", length) else len(text)
-            if len(text) < size:
-                found.append("cut off")
-            text = text[size:]
-    if text:
-        found.append(text[:60])
-    return ", ".join(found) or "closed"
-
-
-def _applies(needs: str, rule: RedirectRule) -> bool:
-    return not needs or bool(getattr(rule, needs.rpartition(" ")[2])) != needs.startswith("no ")
-
-
-def _expected(expect: str, rule: RedirectRule) -> str:
-    """A case's expectation, written for the default rule, in terms of this one."""
-    def answer_to(match: "re.Match[str]") -> str:
-        name, path = match.groups()
-        if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
-            return "421"
-        if path == "/exchange":
-            path = "/" if rule.keep_path else rule.path
-        port = ":%d" % rule.https_port if rule.https_port != 443 else ""
-        return "%d https://%s%s%s" % (rule.status, rule.host or name, port, path)
-    refused = "400|421" if rule.allow_hosts else "400"      # no name is not an allowed name either
-    expected = re.sub(r"302 https://([^/]*)([^ ,]+)", answer_to, re.sub("^400$", refused, expect))
-    return re.sub("421, .*", "421", expected)       # a refusal ends the connection
-
-
-Result = Tuple[str, str, str]       # what was tried, what was expected ("a|b": either), what came
-
-
-def try_cases(address: Address, rule: RedirectRule, done: Tuple[RedirectRule, ...] = (),
-              seconds: float = 3.0) -> Iterator[Result]:
-    """Send every case that applies to the rule, and to none that is done, to the redirect server at address."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def try_case(case: Case) -> Result:
-        what, _, expect, request = case
-        try:
-            request = request.replace(b" /health ", b" %s " % rule.health.encode())
-            got = _answers(_conversation(address, request, seconds), request)
-        except OSError as error:
-            got = _reason(error)
-        return what, _expected(expect, rule), got
-    with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(try_case, [case for case in cases() if _applies(case[1], rule)
-                                       and not any(_applies(case[1], other) for other in done)])
-
-
-@contextlib.contextmanager
-def running(server: HTTPServer) -> Iterator[Address]:
-    """Serve from a thread; the server's address."""
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[:2]     # type: ignore
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def try_end_to_end() -> Iterator[Result]:
-    """The article's step 18: ask a listener over plain HTTP, follow it to an HTTPS stub, and verify its certificate."""
-    with running(StubServer(("127.0.0.1", 0))) as stub:
-        rule = RedirectRule(https_port=stub[1])
-        with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
-            request = b"GET / HTTP/1.1\r\nHost: localhost:%d\r\nConnection: close\r\n\r\n" % address[1]
-            got = _answers(_conversation(address, request, 5), request)
-            yield "plain HTTP is redirected", "302 https://localhost:%d/exchange" % stub[1], got
-            try:
-                context = ssl.create_default_context(cadata=STUB_CERTIFICATE)
-                page = fetch(parse_url(got[4:]), stub, context, "localhost", 5)
-                got = "%d %s" % (page.status, "".join(re.findall("<title>(.*)</title>", page.body)))
-            except (OSError, ValueError) as error:
-                got = str(error)
-            yield "the stub's page comes over verified TLS", "200 You are on HTTPS", got
-            yield "check finds nothing wrong", "ok", check(
-                "localhost:%d" % address[1], {"path": "/exchange", "https_port": stub[1], "status": 302},
-                "127.0.0.1:%d" % address[1], trust={"cadata": STUB_CERTIFICATE}, seconds=5).severity
-
-
-def try_ourselves() -> Iterator[Result]:
-    """End to end, then every case against a listener whose rule it needs."""
-    yield from try_end_to_end()
-    with tempfile.TemporaryDirectory() as folder:
-        with open(os.path.join(folder, "a-Token_1"), "w") as file:
-            file.write("a-Token_1.thumbprint")
-        with contextlib.suppress(OSError):      # Windows may forbid links
-            os.symlink(file.name, os.path.join(folder, "link"))
-        rules = (RedirectRule(), RedirectRule(host="mail.example.com"),
-                 RedirectRule(keep_path=True, allow_hosts=("mail.example.com",), health="/health", acme_dir=folder))
-        for number, rule in enumerate(rules):
-            with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
-                yield from try_cases(address, rule, rules[:number])
-
-
-# ---- The demo --------------------------------------------------------------------------------------------------------
-
-class BeforeHandler(StubHandler):
-    """Plain HTTP as IIS answers it before the cure."""
-
-    def page(self) -> Tuple[int, str, Pairs]:
-        return 403, "The page must be viewed over a secure channel", [
-            ("You asked for it over plain HTTP. Type https:// at the beginning of the address, and try again.",
-             "HTTP 403.4 - Forbidden: SSL required\nInternet Information Services")] + self.story()
-
-
-class _LastRedirect:
-    """An access log that keeps the target of the last redirect, for the stub's page to tell of it, once."""
-    rule, port, target = RedirectRule(), 0, ""
-
-    def write(self, line: str) -> None:
-        self.target = "".join(re.findall('"[A-Z]+ ([^ ]+) [^"]*" 30', line)) or self.target
-
-    def story(self, host: str) -> Pairs:
-        name, target, self.target = re.sub(":[0-9]+$", "", host), self.target, ""
-        if not target:
-            return [("You came straight here: nothing was redirected.", "https://" + host)]
-        return [("You typed an address without https.", "http://%s:%d%s" % (name, self.port, target)),
-                ("owahttps answered with a redirect.", "HTTP/1.1 %d %s\nLocation: %s" % (
-                    self.rule.status, PHRASES[self.rule.status], self.rule.location(name, target)))]
-
-
-# ---- Command line ----------------------------------------------------------------------------------------------------
-
-# Each command: what it does; its options, a row each (NAME is one of VALUES, "NAME..." is taken more than once, "=80"
-# is a default); the rest of its --help.  An option of the rule has its default in RedirectRule alone.
-RULE_OPTIONS = """\
---path PATH             where everybody lands ({0.path})
---keep-path             keep the path and query of the request instead
---host NAME             lead to this name instead of the requested one
---https-port PORT       lead to this port ({0.https_port})
---status CODE           301, 302, 307 or 308 ({0.status})
---allow-host NAME...    redirect this name only; may be repeated
---acme-dir DIR          serve ACME http-01 token files from here
---health PATH           answer 200 here, for health checks
-""".format(RedirectRule())
-USAGE = {"serve": """\
-Redirect plain HTTP to HTTPS, until a signal.
-
---bind ADDR             listen on this address (all, IPv6 and IPv4)
---port PORT=80          listen on this port; 0 is a free one
---user NAME             become this user once the port is bound
---max-connections N=0   cap; 0 is what the file descriptor limit allows
---quiet                 no access log
-
-The access log goes to standard output in Combined Log Format; everything else
-to standard error.
-examples:
-  sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
-  owahttps.py serve --port 8080 --keep-path --status 308
-""", "generate": """\
-Print the rule for a server to follow: files, steps and scripts.
-
-RECIPE=exchange2000     one of --list
---list                  say in a line what each recipe is for
---asp                   print the ASP page alone
---steps                 print the steps to click alone
---script                print the commands that do the same alone
---undo                  print the commands that take it back alone
---write DIR             write the files there instead, never over one that differs
---method METHOD         Exchange 2007 and later: redirect (Microsoft's, the default), or 403.4 (the article's)
---site SITE             IIS 5 and 6: the Web site's number (1)
---http-port NUMBER=80   the port of plain HTTP
-
-examples:
-  owahttps.py generate                        the article: page and IIS steps
-  owahttps.py generate --asp --write .        the page alone, as a file
-  owahttps.py generate exchange2019 --host mail.example.com --write .
-  owahttps.py generate nginx --keep-path --status 308
-""", "selftest": """\
-Prove the redirect, end to end and case by case.
-
---against URL           send the cases to this redirect server instead
---quiet                 print failures and the count alone
-
-Exit 0: all passed, 1: not all.
-examples:
-  owahttps.py selftest
-  owahttps.py selftest --against http://127.0.0.1:8080 --keep-path
-""", "check": """\
-Is port 80 of these sites handled right?
-
-TARGET...               host name, host:port or http URL
---ca-file FILE          trust these authorities, not the system's
---connect HOST:PORT     ask there, for the same name
--4                      IPv4 alone
--6                      IPv6 alone
---timeout SECONDS=10    for each request
---json                  one JSON object a target
---quiet                 print warnings and worse alone
-
-Exit 0: ok, 1: warning, 2: critical, 3: could not tell, or wrong usage.
-examples:
-  owahttps.py check mail.example.com
-  owahttps.py check --path /owa --connect 192.0.2.7:80 mail.example.com
-""", "demo": """\
-Show the redirect in a browser, on this machine alone.
-
---port PORT=8080        of plain HTTP, or the next that is free
---https-port PORT=8443  of HTTPS, or the next that is free
---open                  open the browser
---before                answer plain HTTP as IIS does before the cure
---cert FILE             your own certificate for the stub
---key FILE              and its key, if that is another file
-
-examples:
-  owahttps.py demo --open
-  owahttps.py demo --before           the problem instead: 403.4
-"""}
-LEFT_OUT = {"check": ("--allow-host", "--acme-dir", "--health"),
-            "demo": ("--host", "--https-port", "--allow-host", "--acme-dir", "--health")}
-
-
-class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        """One line, with the word that was probably meant."""
-        wrong = re.search("(?:invalid choice: '|unrecognized arguments: )([^ =']+)", message)
-        if wrong:
-            import difflib
-            word, names = wrong.group(1), list(USAGE) + list(RECIPES)
-            options = re.findall("--[a-z0-9-]+", RULE_OPTIONS + str(USAGE))
-            near = difflib.get_close_matches(word.lower(), options if word[0] == "-" else names, 1)
-            if near:
-                message = message.partition(" (choose")[0] + ": did you mean %s?" % near[0]
-            if near == [word]:
-                message = "%s does not belong there" % word
-        raise RuleError(message + " (--help lists what there is)")
+        raise RuleError(f"{message} ({self.prog} --help lists what there is)")
 
 
-def _number(low: float, high: float) -> Callable[[str], Any]:
-    def number(text: str) -> Any:
-        kind = type(low)
-        if re.fullmatch(r"[0-9]{1,10}" + r"(\.[0-9]+)?" * (kind is float), text) and low <= kind(text) <= high:
+def number(low: float, high: float) -> Callable[[str], Any]:
+    """Return a type for argparse: a number from low to high, whole ones where low is."""
+    kind = type(low)
+    pattern = "[0-9]{1,10}" if kind is int else r"[0-9]{1,10}(\.[0-9]+)?"
+
+    def convert(text: str) -> Any:
+        if re.fullmatch(pattern, text) and low <= kind(text) <= high:
             return kind(text)
-        raise argparse.ArgumentTypeError("%a is not a number from %s to %s" % (text, low, high))
-    return number
+        raise argparse.ArgumentTypeError(f"{text!a} is not a number from {low} to {high}")
+
+    return convert
 
 
-VALUES: Dict[str, Fields] = {       # what an option takes, by its NAME, where that is not any text
-    "PORT": {"type": _number(0, 65535)}, "CODE": {"type": int}, "NUMBER": {"type": _number(1, 65535)},
-    "N": {"type": _number(0, 10 ** 6)}, "SITE": {"type": _number(1, 2 ** 31 - 1), "default": 0},    # IIS 6 hashes names
-    "SECONDS": {"type": _number(0.1, 9999.0)},
-    "METHOD": {"choices": ("redirect", "403.4")}, "RECIPE": {"choices": list(RECIPES)}}
+def add_rule_arguments(parser: Any, leave_out: Sequence[str] = (), enforced: bool = True) -> None:
+    """Add the options of a RedirectRule, but for those of `leave_out`.
+
+    One that is not given is not in the namespace, so that its default stands in RedirectRule
+    only.  Where the rule is not enforced, an option that is not given accepts what is there.
+    """
+    group = parser.add_argument_group("the rule")
+
+    def add(option: str, text: str, default: object = None, **settings: Any) -> None:
+        if option not in leave_out:
+            shown = f" (default: {default})" if default and enforced else ""
+            group.add_argument(option, default=argparse.SUPPRESS, help=text + shown, **settings)
+
+    port, default = number(1, 65535), RedirectRule()
+    many = {"action": "append", "metavar": "NAME", "dest": "allow_hosts"}
+    api = {"action": "append", "metavar": "PATH"}
+    add("--path", "where every request leads", default.path, metavar="PATH")
+    add("--keep-path", "keep the path and query of the request instead", action="store_true")
+    add("--host", "lead to this name instead of the requested one", metavar="NAME")
+    add("--https-port", "lead to this port", default.https_port, type=port, metavar="PORT")
+    add("--status", "301, 302, 307 or 308", default.status, type=int, metavar="CODE")
+    add("--allow-host", "redirect only this name; may be repeated", **many)
+    add("--api", "answer 403 at and below this path; may be repeated", **api)
+    add("--acme-dir", "serve token files of ACME http-01 from here", metavar="DIR")
+    add("--health", "answer 200 here, for health checks", metavar="PATH")
 
 
-def _add_options(parser: Any, rows: str, unset: str = "") -> None:
-    row = r"(?m)^(-\S+ )?([A-Z:]+)?(\.\.\.)?(?:=(\S+))? +(.+)$"
-    for option, metavar, many, default, text in re.findall(row, rows):
-        name = (option or metavar.lower()).strip()
-        settings = dict({"default": default or unset}, help=text + (" (%s)" % default if default else ""))
-        settings.update(dict(VALUES.get(metavar, {}), metavar=metavar) if metavar else {"action": "store_true"})
-        if many and option:
-            settings.update(action="append", dest=name[2:].replace("-", "_") + "s")
-        elif not option:
-            settings.update(nargs="+" if many else "?")
-        parser.add_argument(name, **settings)
-
-
-def _rule_fields(args: argparse.Namespace) -> Fields:
-    """The fields of RedirectRule that the command line names."""
+def rule_fields(args: argparse.Namespace) -> Dict[str, Any]:
+    """Return the fields of RedirectRule that the command line names."""
     return {name: value for name, value in vars(args).items() if name in RedirectRule._fields}
 
 
-def _rule(fields: Fields, port: int) -> RedirectRule:
-    """The rule with these fields, for plain HTTP at this port."""
+def rule_of(fields: Dict[str, Any], port: int) -> RedirectRule:
+    """Return the rule with these fields, for plain HTTP at this port."""
     rule = RedirectRule(**fields)
     if rule.keep_path and "path" in fields:
-        raise RuleError("--path %a and --keep-path: everybody lands there, or the path is kept" % rule.path)
+        raise RuleError(f"--path {rule.path} and --keep-path: give one of them")
     if rule.https_port == port:
-        raise RuleError("--https-port %d is the port of plain HTTP: a loop" % port)
+        raise RuleError(f"--https-port {port} is the port of plain HTTP: that would be a loop")
     return rule
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):      # the exit code says it too
-        print("owahttps: " + text, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Tell the user something that is not a result."""
+    with contextlib.suppress(OSError):  # the exit code says it too
+        print(f"owahttps: {text}", file=sys.stderr, flush=True)
 
 
-def _paint(word: str) -> str:
-    """A verdict in colour, if a person looks at it: https://no-color.org"""
-    colour = {"ok": 32, "note": 36, "warning": 33, "unknown": 35, "critical": 31, "FAIL": 31}[word]
-    return "\033[%dm%s\033[m" % (colour, word) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else word
+def print_verdict(word: str, *columns: str) -> None:
+    """Print a line that begins with a verdict, coloured for a person (https://no-color.org)."""
+    colours = {"ok": 32, "note": 36, "warning": 33, "unknown": 35, "critical": 31, "FAIL": 31}
+    padded = word.ljust(8)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        padded = f"\033[{colours.get(word, 0)}m{word}\033[m" + padded[len(word) :]
+    print("  ".join((padded, *columns)))
 
 
-def _line(verdict: str, *columns: str) -> None:
-    print("  ".join([_paint(verdict) + " " * (8 - len(verdict))] + list(columns)))
-
-
-def _bind_trouble(error: OSError, host: str, port: int) -> str:
-    """Why a listener cannot bind, and what to do: facts of the platforms, one line."""
-    where = "port %d on %s" % (port, host or "every address")
+def bind_trouble(error: OSError, host: str, port: int) -> str:
+    """Return why a listener cannot bind, and what to do about it."""
+    where = f"port {port} on {host or 'every address'}"
     if error.errno == errno.EACCES and sys.platform != "win32":
-        return ("may not bind %s: give it a systemd unit with AmbientCapabilities=CAP_NET_BIND_SERVICE, or "
-                "sysctl net.ipv4.ip_unprivileged_port_start=80, or start it as root with --user NAME" % where)
+        return (
+            f"may not bind {where}: use a systemd unit with AmbientCapabilities="
+            "CAP_NET_BIND_SERVICE (owahttps.py generate systemd), or sysctl "
+            "net.ipv4.ip_unprivileged_port_start=80, or start as root with --user NAME"
+        )
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
         if sys.platform == "win32":
-            return where + " is in use: see netstat -ano; PID 4 is http.sys (IIS): netsh http show servicestate"
-        return "%s is in use: ss -ltnp 'sport = :%d' shows by what" % (where, port)
-    return "cannot bind %s: %s; --bind takes an address of this machine" % (where, error.strerror or error)
+            return (
+                f"{where} is in use: netstat -ano shows by which process; "
+                "PID 4 is http.sys (IIS), see netsh http show servicestate"
+            )
+        return f"{where} is in use: ss -ltnp 'sport = :{port}' shows by which process"
+    return (
+        f"cannot bind {where}: {error.strerror or error}; --bind takes an address of this machine"
+    )
 
 
-def _next_free(port: int, server: Callable[..., Any], *settings: Any, **fields: Any) -> Any:
-    """This server on loopback, at the first port from this one on that is free."""
-    for candidate in range(port, min(port + 100, 65536)):
-        try:
-            return server(("127.0.0.1", candidate), *settings, **fields)
-        except OSError as error:
-            trouble = OSError(_bind_trouble(error, "127.0.0.1", candidate))
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES if sys.platform == "win32" else 0):
-                break
-    raise trouble
+# ---- serve ----
 
 
-def _connection_cap(wanted: int) -> int:
-    """As many connections as wanted, else what some 50 MB hold while they wait; no more than file descriptors allow."""
+def add_serve_arguments(parser: Any) -> None:
+    port, count = number(0, 65535), number(0, 10**6)
+    parser.add_argument(
+        "--bind", default="", metavar="ADDR", help="listen on this address (default: every one)"
+    )
+    parser.add_argument(
+        "-p",
+        "--port",
+        type=port,
+        default=80,
+        metavar="PORT",
+        help="listen on this port; 0 is a free one (default: 80)",
+    )
+    parser.add_argument(
+        "--user", default="", metavar="NAME", help="become this user once the port is bound"
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=count,
+        default=0,
+        metavar="N",
+        help="open at the same time (default: 16384, or what the limit of open files allows, less 64)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="write no access log")
+    add_rule_arguments(parser)
+
+
+def connection_cap(wanted: int) -> int:
+    """Return how many connections may be open: as many as wanted, if file descriptors allow."""
     try:
         import resource
     except ImportError:
-        return min(wanted or 500, 500)      # select() on Windows takes 512 sockets
+        return min(wanted or 500, 500)  # select() on Windows takes 512 sockets
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return min(wanted or 16384, max(8, soft - 64) if soft > 0 else 10 ** 6)     # 64 for files, and who is new
+    wanted = wanted or 16384  # some 45 MB, if all of them are slow
+    # 64 for files, and for clients that are being accepted.  -1 is no limit.
+    return wanted if soft < 0 else min(wanted, max(8, soft - 64))
 
 
-def _drop_to(user: str) -> None:
+def become(user: str) -> None:
     """Become this user, for good."""
     try:
         import pwd
+
         entry = pwd.getpwnam(user)
         os.initgroups(user, entry.pw_gid)
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
     except (ImportError, KeyError):
-        raise OSError("there is no user %a here" % user) from None
+        raise OSError(f"there is no user {user!a} here") from None
     except OSError as error:
-        raise OSError("cannot become user %a: %s; that takes root" % (user, error.strerror)) from None
+        raise OSError(f"cannot become user {user!a}: {error.strerror}; that takes root") from None
 
 
-def _on_signal(stop: Callable[[], Any]) -> None:
+def on_signal(stop: Callable[[], Any]) -> None:
+    """Call stop() on the first signal that asks for an end."""
+
     def handle(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)       # a second one would kill the interpreter on its way out
+        signal.signal(number, signal.SIG_IGN)  # a second one would kill the interpreter's exit
         stop()
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):      # the last one is Windows' Ctrl-Break
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # the last is Windows' Ctrl-Break
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handle)
 
 
-def _warnings(rule: RedirectRule, host: str) -> Iterator[str]:
-    """What will hurt later, said once at the start."""
+def warnings_for(rule: RedirectRule, host: str) -> Iterator[str]:
+    """Yield what will hurt later."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "runs as root: --user NAME gives that up once the port is bound"
-    if rule.status in (301, 308) and (host == "::1" or host.startswith("127.")):
-        yield "browsers keep a %d for good, for localhost too: 302 or 307 can be taken back" % rule.status
+    if rule.status in (301, 308):
+        if host == "::1" or host.startswith("127."):
+            yield f"browsers keep a {rule.status} for a day, for localhost too: 302 or 307 is not kept"
+        if not rule.host and not rule.allow_hosts:
+            yield (
+                f"a permanent redirect ({rule.status}) for every name: "
+                "browsers keep it; --host or --allow-host limits it to yours"
+            )
     if rule.https_port != 443 and not rule.acme_dir:
-        yield "Let's Encrypt follows redirects to ports 80 and 443 alone: --acme-dir serves its tokens here"
+        yield "Let's Encrypt follows redirects only to ports 80 and 443: see --acme-dir"
 
 
 def command_serve(args: argparse.Namespace) -> int:
-    rule = _rule(_rule_fields(args), args.port)
+    """Redirect until a signal."""
+    rule = rule_of(rule_fields(args), args.port)
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
-        raise RuleError("--acme-dir %a is not a folder" % rule.acme_dir)
-    while os.open(os.devnull, os.O_RDWR) < 2:       # else a closed one's number goes to a socket, and the log there
+        raise RuleError(f"--acme-dir {rule.acme_dir!a} is not a folder")
+    # A socket must not get the number of a standard file that is closed: the log would go there.
+    while os.open(os.devnull, os.O_RDWR) < 2:
         pass
+    host = "" if args.bind == "*" else args.bind.strip("[]")
     try:
-        server = RedirectServer((args.bind.strip("[]"), args.port), rule=rule,
-                                max_connections=_connection_cap(args.max_connections))
+        cap = connection_cap(args.max_connections)
+        server = RedirectServer((host, args.port), rule=rule, max_connections=cap)
     except OSError as error:
-        raise OSError(_bind_trouble(error, args.bind, args.port)) from None
+        raise OSError(bind_trouble(error, host, args.port)) from None
     with server:
         if args.user:
-            _drop_to(args.user)
+            become(args.user)
         if rule.acme_dir and not os.access(rule.acme_dir, os.R_OK | os.X_OK):
-            raise OSError("--acme-dir %a cannot be read%s" % (rule.acme_dir, args.user and " by user " + args.user))
-        _on_signal(server.stop)
-        server.error_log = errors = Log(2, tell=lambda _: None)
+            by = f" by user {args.user}" if args.user else ""
+            raise OSError(f"--acme-dir {rule.acme_dir!a} cannot be read{by}")
+        on_signal(server.stop)
+        server.error_log = errors = Log(2, tell=lambda text: None)
 
-        def say(text: str) -> None:
-            errors.write("owahttps: %s\n" % text)
-        host, port = str(server.server_address[0]), server.server_port
-        say("listening on %s port %d; http://HOST/ goes to https://%s%s (%d)" % (
-            "[%s]" % host if ":" in host else host, port, rule.authority("HOST"),
-            "/, path kept" if rule.keep_path else rule.path, rule.status))
-        for warning in _warnings(rule, host):
-            say("warning: " + warning)
-        log = Log(1, tell=say)
+        def tell(text: str) -> None:
+            errors.write(f"owahttps: {text}\n")
+
+        address = with_port(
+            f"[{server.server_name}]" if ":" in server.server_name else server.server_name,
+            server.server_port,
+            0,
+        )
+        target = rule.authority("HOST") + ("/..., path kept" if rule.keep_path else rule.path)
+        tell(f"listening on {address}; http://HOST/ goes to https://{target} ({rule.status})")
+        for warning in warnings_for(rule, server.server_name):
+            tell(f"warning: {warning}")
+        log = Log(1, tell)
         server.access_log = None if args.quiet else log
         server.serve_forever()
         log.close()
         errors.close()
     return 0
+
+
+# ---- generate ----
+
+
+def add_generate_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", default="exchange2000", metavar="RECIPE", choices=list(RECIPES)
+    )
+    for option in ("--list", "--asp", "--steps", "--script", "--undo"):
+        parser.add_argument(option, action="store_true")
+    parser.add_argument("--write", default="", metavar="DIR")
+    parser.add_argument("--method", default="")
+    parser.add_argument("--site", type=int, default=0)
+    parser.add_argument("--http-port", type=number(1, 65535), default=80)
+    add_rule_arguments(parser)
 
 
 def _write_files(folder: str, parts: List[Part]) -> None:
@@ -2473,7 +3342,7 @@ def _write_files(folder: str, parts: List[Part]) -> None:
         if path not in there:
             with open(path, "xb") as file:
                 file.write(data)
-        print(os.path.basename(path))       # the folder's name may be beyond a code page
+        print(os.path.basename(path))  # the folder's name may be beyond a code page
 
 
 def command_generate(args: argparse.Namespace) -> int:
@@ -2481,14 +3350,21 @@ def command_generate(args: argparse.Namespace) -> int:
         for name, what in RECIPES.items():
             print("%-14s%s" % (name, what))
         return 0
-    fields = _rule_fields(args)
-    if args.recipe in EXCHANGE and "article" not in EXCHANGE[args.recipe][1] and "keep_path" not in fields:
-        fields.setdefault("path", "/owa")       # since Exchange 2007
-    rule = _rule(fields, args.http_port)
+    fields = rule_fields(args)
+    if (
+        args.recipe in EXCHANGE
+        and "article" not in EXCHANGE[args.recipe][1]
+        and "keep_path" not in fields
+    ):
+        fields.setdefault("path", "/owa")  # since Exchange 2007
+    rule = rule_of(fields, args.http_port)
     if args.recipe in EXCHANGE:
         parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
     else:
-        _refuse(args.recipe, (args.method or args.site, "is no Exchange: it takes no --method and no --site"))
+        _refuse(
+            args.recipe,
+            (args.method or args.site, "is no Exchange: it takes no --method and no --site"),
+        )
         parts = server_recipe(args.recipe, rule, args.http_port)
     asked = [name for name in ("asp", "steps", "script", "undo") if getattr(args, name)]
     if asked:
@@ -2509,6 +3385,17 @@ def command_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---- selftest ----
+
+
+def add_selftest_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--against", default="", metavar="URL", help="send the cases to this redirect server"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only failures and the count")
+    add_rule_arguments(parser)
+
+
 def _report(results: Iterable[Result], quiet: bool) -> int:
     """Print a line for each result, and a count; 1 if any failed."""
     count = failed = 0
@@ -2517,16 +3404,18 @@ def _report(results: Iterable[Result], quiet: bool) -> int:
         count += 1
         if not good:
             failed += 1
-            _line("FAIL", "%s: expected %s, got %s" % (what, expected, _log_escape(got, 200)))
+            print_verdict(
+                "FAIL", "%s: expected %s, got %s" % (what, expected, log_escape(got, 200))
+            )
         elif not quiet:
-            _line("ok", what)
+            print_verdict("ok", what)
     print("%d checks, %d failed" % (count, failed))
     return 1 if failed else 0
 
 
 def command_selftest(args: argparse.Namespace) -> int:
     if not args.against:
-        if _rule_fields(args):
+        if rule_fields(args):
             raise RuleError("the rule options describe the server that --against names")
         return _report(try_ourselves(), args.quiet)
     site = _site(args.against)
@@ -2534,128 +3423,290 @@ def command_selftest(args: argparse.Namespace) -> int:
         socket.create_connection((site.name.strip("[]"), site.port), 5).close()
     except OSError as error:
         raise OSError("%s gives no answer: %s" % (site, _reason(error))) from None
-    return _report(try_cases((site.name.strip("[]"), site.port), _rule(_rule_fields(args), 0)), args.quiet)
+    return _report(
+        try_cases((site.name.strip("[]"), site.port), rule_of(rule_fields(args), 0)), args.quiet
+    )
+
+
+# ---- check ----
+
+
+def add_check_arguments(parser: Any) -> None:
+    parser.add_argument("target", nargs="+", metavar="TARGET", help="host name, host:port or URL")
+    parser.add_argument("--ca-file", default="", metavar="FILE")
+    parser.add_argument("--connect", default="", metavar="HOST:PORT")
+    parser.add_argument("-4", action="store_true", help="only IPv4")
+    parser.add_argument("-6", action="store_true", help="only IPv6")
+    parser.add_argument("--timeout", type=number(0.1, 9999.0), default=10.0, metavar="SECONDS")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quiet", action="store_true")
+    leave_out = ("--allow-host", "--api", "--acme-dir", "--health")
+    add_rule_arguments(parser, leave_out, enforced=False)
 
 
 def command_check(args: argparse.Namespace) -> int:
     from concurrent.futures import ThreadPoolExecutor, wait
     import json
-    fields, trust = _rule_fields(args), {"cafile": args.ca_file} if args.ca_file else {}
+
+    fields, trust = rule_fields(args), {"cafile": args.ca_file} if args.ca_file else {}
     try:
         ssl.create_default_context(**trust)
     except OSError as error:
-        raise RuleError("--ca-file %a: %s" % (args.ca_file, _pem_trouble(error))) from None
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # else Ctrl-C would wait for all that is asked and to be asked
+        raise RuleError("--ca-file %a: %s" % (args.ca_file, pem_trouble(error))) from None
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # else Ctrl-C would wait for all that is asked and to be asked
     ipv4, ipv6 = vars(args)["4"], vars(args)["6"]
     family = 0 if ipv4 == ipv6 else socket.AF_INET if ipv4 else socket.AF_INET6
     RedirectRule(**fields)
     for target in filter(None, args.target + [args.connect]):
         _site(target)
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(check, target, fields, args.connect, family, trust, args.timeout)
-                   for target in args.target]
+        waiting = [
+            pool.submit(check, target, fields, args.connect, family, trust, args.timeout)
+            for target in args.target
+        ]
         while sys.stderr.isatty() and wait(waiting, 1).not_done:
             done = sum(future.done() for future in waiting)
             print("%d of %d checked" % (done, len(waiting)), end="\r", file=sys.stderr, flush=True)
         reports = [future.result() for future in waiting]
-    shown = SEVERITIES[SEVERITIES.index("warning"):] if args.quiet else SEVERITIES
+    shown = SEVERITIES[SEVERITIES.index("warning") :] if args.quiet else SEVERITIES
     for report in reports:
         if args.json:
-            print(json.dumps(dict(report._asdict(), hops=[hop._asdict() for hop in report.hops],
-                                  findings=[finding._asdict() for finding in report.findings])))
+            print(
+                json.dumps(
+                    dict(
+                        report._asdict(),
+                        hops=[hop._asdict() for hop in report.hops],
+                        findings=[finding._asdict() for finding in report.findings],
+                    )
+                )
+            )
         elif report.severity in shown:
-            _line(report.severity, _log_escape(report.target))
+            print_verdict(report.severity, log_escape(report.target))
             for hop in () if args.quiet else report.hops:
                 arrow = " -> " + hop.location if hop.location else ""
                 print("  %4d ms  %3s  %s%s" % (hop.milliseconds, hop.status or "-", hop.url, arrow))
             for finding in report.findings:
                 if finding.severity in shown:
                     print("  ", end="")
-                    _line(finding.severity, finding.id, finding.text)
+                    print_verdict(finding.severity, finding.id, finding.text)
     return EXIT_CODES[max((report.severity for report in reports), key=SEVERITIES.index)]
 
 
+# ---- demo ----
+
+
+def add_demo_arguments(parser: Any) -> None:
+    port = number(0, 65535)
+    parser.add_argument(
+        "-p",
+        "--port",
+        type=port,
+        default=8080,
+        metavar="PORT",
+        help="of plain HTTP, or the next free one (default: 8080)",
+    )
+    parser.add_argument(
+        "--https-port",
+        type=port,
+        default=8443,
+        metavar="PORT",
+        dest="stub_port",
+        help="of HTTPS, or the next free one (default: 8443)",
+    )
+    parser.add_argument("--open", action="store_true", help="open the browser")
+    parser.add_argument(
+        "--before", action="store_true", help="answer plain HTTP as IIS does before the fix"
+    )
+    parser.add_argument("--cert", default="", metavar="FILE", help="a certificate for the stub")
+    parser.add_argument("--key", default="", metavar="FILE", help="its key, if in another file")
+    leave_out = ("--host", "--https-port", "--allow-host", "--acme-dir", "--health")
+    add_rule_arguments(parser, leave_out)
+
+
+def next_free(port: int, server: Callable[..., Any], *settings: Any, **fields: Any) -> Any:
+    """Return this server on loopback, at the first port from this one on that is free."""
+    for candidate in range(port, min(port + 100, 65536)):
+        try:
+            return server(("127.0.0.1", candidate), *settings, **fields)
+        except OSError as error:
+            trouble = OSError(bind_trouble(error, "127.0.0.1", candidate))
+            taken = error.errno == errno.EADDRINUSE
+            if not (taken or (sys.platform == "win32" and error.errno == errno.EACCES)):
+                break
+    raise trouble
+
+
+def plain_server(args: argparse.Namespace, rule: RedirectRule, demo: Demo) -> Any:
+    """Return the server of a demo's port 80: the redirect, or IIS before the fix."""
+    if args.before:
+        server = next_free(args.port, ThreadingServer, BeforeHandler)
+        server.secure_url = rule.location("localhost", "/")
+        server.tell = lambda line: print(f"http   {line}", flush=True)
+    else:
+        server = next_free(args.port, RedirectServer, DemoHandler, rule=rule)
+        server.tell = demo.tell_plain
+    return server
+
+
 def command_demo(args: argparse.Namespace) -> int:
-    over = threading.Event()
-    _on_signal(over.set)
-    last = _LastRedirect()
+    """Show the redirect until a signal."""
     if args.key and not args.cert:
-        raise RuleError("--key %a is the key of no --cert" % args.key)
-    with running(_next_free(args.https_port, StubServer, args.cert, args.key, last.story)) as (_, https_port):
-        last.rule = rule = _rule(dict(_rule_fields(args), https_port=https_port), 0)
-        if args.before:
-            server = _next_free(args.port, _ThreadingServer, BeforeHandler)
-            server.story = lambda _: [("In this demo, type:", rule.location("localhost", "/"))]
-        else:
-            server = _next_free(args.port, RedirectServer, rule=rule, access_log=last)
-        last.port = server.server_port
-        url = "http://localhost:%d" % last.port
+        raise RuleError(f"--key {args.key!a} belongs to a --cert, and there is none")
+    rule_of(rule_fields(args), 0)
+    over = threading.Event()
+    on_signal(over.set)
+    demo = Demo()
+    stub = next_free(args.stub_port, StubServer, args.cert, args.key, demo.story, demo.tell_secure)
+    with running(stub) as (_, https_port):
+        rule = RedirectRule(**rule_fields(args), https_port=https_port)
+        server = plain_server(args, rule, demo)
+        demo.port = server.server_port
+        url = f"http://localhost:{demo.port}"
         with running(server):
-            print("%s/  %s %s" % (url, "answers 403.4, as IIS does; the page is at" if args.before else "->",
-                                  rule.location("localhost", "/")), flush=True)
+            if args.before:
+                print(f"{url}/ answers 403.4, as IIS does before the fix", flush=True)
+            else:
+                print(f"{url}/ leads to {rule.location('localhost', '/')}", flush=True)
             if not args.cert:
-                trust = '--cacert "%s"' % sys.argv[0] if os.path.isfile(sys.argv[0]) else "-k"
-                _say("browsers warn of the certificate; curl -iL %s %s/" % (trust, url))
-            _say("Ctrl-C ends it")
+                trust = f'--cacert "{sys.argv[0]}"' if os.path.isfile(sys.argv[0]) else "-k"
+                say(f"browsers warn of the certificate; curl -iL {trust} {url}/")
+            say("Ctrl-C ends it")
             if args.open:
                 import webbrowser
-                if not webbrowser.open(url + "/"):
-                    _say("no browser found: open %s/ in yours" % url)
-            while not over.wait(0.5):       # Windows would not let Ctrl-C through a wait without an end
+
+                if not webbrowser.open(f"{url}/"):
+                    say(f"no browser found: open {url}/ in yours")
+            while not over.wait(0.5):  # Windows lets no Ctrl-C through a wait without an end
                 pass
     return 0
 
 
-def build_parser(argv: List[str]) -> _Parser:
-    """The parser for this command line: of the command it begins with, else of all."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="owahttps.py", description=__doc__, formatter_class=layout)
-    parser.add_argument("--version", action="version", version="owahttps " + __version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    commands.required = True
-    for name in argv[:1] if argv[0] in USAGE else USAGE:
-        what, rows, rest = USAGE[name].split("\n\n", 2)
-        words = ["[%s]" % word if default else word for word, default in re.findall(r"(?m)^([A-Z]+[.]*)(=?)", rows)]
-        usage = " ".join(["%(prog)s [options]"] + words)
-        command = commands.add_parser(name, usage=usage, help=what, description=what, epilog=rest,
-                                      formatter_class=layout)
-        _add_options(command, rows)
-        rule = [row for row in RULE_OPTIONS.splitlines(True) if row.split()[0] not in LEFT_OUT.get(name, ())]
-        _add_options(command.add_argument_group("the rule"), "".join(rule), argparse.SUPPRESS)
-    return parser
+# ---- all commands ----
 
+# Each command: its arguments, what it does, what it is for, and the end of its --help.
+COMMANDS = {
+    "serve": (
+        add_serve_arguments,
+        command_serve,
+        "redirect plain HTTP to HTTPS, until a signal",
+        """\
+The access log goes to standard output, in Combined Log Format, and everything
+else to standard error.  SIGTERM, SIGINT and SIGHUP stop it.
 
+examples:
+  sudo owahttps.py serve --user nobody --host mail.example.com >> access.log
+  owahttps.py serve --port 8080 --keep-path --status 308
+""",
+    ),
+    "generate": (
+        add_generate_arguments,
+        command_generate,
+        "print the rule for a server to follow",
+        """\
+examples:
+  owahttps.py generate                        the article: page and IIS steps
+  owahttps.py generate nginx --keep-path --status 308
+""",
+    ),
+    "selftest": (
+        add_selftest_arguments,
+        command_selftest,
+        "prove the redirect, end to end and case by case",
+        """\
+examples:
+  owahttps.py selftest
+  owahttps.py selftest --against http://127.0.0.1:8080 --keep-path
+""",
+    ),
+    "check": (
+        add_check_arguments,
+        command_check,
+        "is port 80 of these sites handled right?",
+        """\
+Exit 0: ok, 1: warning, 2: critical, 3: could not tell, or wrong usage.
+
+examples:
+  owahttps.py check mail.example.com
+  owahttps.py check --path /owa --connect 192.0.2.7:80 mail.example.com
+""",
+    ),
+    "demo": (
+        add_demo_arguments,
+        command_demo,
+        "show the redirect in a browser, only on this machine",
+        """\
+examples:
+  owahttps.py demo --open
+  owahttps.py demo --before           the problem instead: 403.4
+""",
+    ),
+}
 READER_GONE = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno.EPIPE,)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+def build_parser() -> Parser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="owahttps.py", description=__doc__, formatter_class=layout)
+    parser.add_argument("-V", "--version", action="version", version=f"owahttps {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    commands.required = True
+    for name, (add_arguments, run, what, end) in COMMANDS.items():
+        text = what[0].upper() + what[1:] + ("" if what.endswith("?") else ".")
+        command = commands.add_parser(
+            name, help=what, description=text, epilog=end, formatter_class=layout
+        )
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def open_standard_files() -> None:
+    """Replace a standard file that is closed, which Python shows as None."""
     for name in ("stderr", "stdout"):
-        if not getattr(sys, name):      # Python's None for one that was closed
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(null, "w", closefd=False))
             if name == "stdout":
-                _say("standard output is closed: nobody will see what goes there")
-    wrong_usage, failed = (3, 3) if argv[0] == "check" else (2, 1)
-    run = {"serve": command_serve, "generate": command_generate, "selftest": command_selftest, "check": command_check,
-           "demo": command_demo}
+                say("standard output is closed: nobody will see what goes there")
+
+
+def parse(argv: List[str]) -> argparse.Namespace:
+    """Return the arguments of a command; RuleError for wrong usage."""
+    if argv[:1] == ["help"]:
+        argv = argv[1:2] + ["--help"]
+    if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in argv):
+        raise RuleError("an argument is empty: a variable that is not set?")
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
+        raise RuleError(f"there is no command {argv[0]!a}: {hint}")
+    return build_parser().parse_args(argv or ["--help"])
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    open_standard_files()
+    # 1 and 2 are verdicts of a check.
+    wrong_usage, failed = (3, 3) if argv[:1] == ["check"] else (2, 1)
     try:
-        if any(re.fullmatch("(--[a-z-]+=)?", word) for word in argv):
-            raise RuleError("an argument is empty: a variable that is not set?")
-        args = build_parser(argv).parse_args(argv)
-        code = run[args.command](args)
+        args = parse(argv)
+        code = int(args.run(args))
         sys.stdout.flush()
         return code
-    except ValueError as error:     # RuleError, or a target that is none
-        _say("error: %s" % error)
+    except ValueError as error:  # RuleError, or a target that is not one
+        say(f"error: {error}")
         return wrong_usage
     except KeyboardInterrupt:
         return 130
     except OSError as error:
         if error.errno not in READER_GONE:
-            _say("error: %s%s" % (error.strerror or error, ": %s" % error.filename if error.filename else ""))
+            where = f": {error.filename}" if error.filename else ""
+            say(f"error: {error.strerror or error}{where}")
         try:
             sys.stdout.flush()
-        except OSError:         # what is left would fail once more, in the interpreter's own flush
+        except OSError:  # what is left would fail again when the interpreter ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return failed
 
