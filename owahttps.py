@@ -2636,11 +2636,10 @@ def _connected(
     )  # each of which is tried in turn
     with socket.create_connection(address, seconds / count) as plain:
         plain.settimeout(max(0.001, deadline - time.monotonic()))
-        with (
-            context.wrap_socket(plain, server_hostname=url.name.strip("[]"))
-            if context
-            else plain as sock
-        ):
+        secure = plain
+        if context:
+            secure = context.wrap_socket(plain, server_hostname=url.name.strip("[]"))
+        with secure as sock:
             yield sock
 
 
