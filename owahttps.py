@@ -396,7 +396,9 @@ LOOP_SIGNS = {
 }
 # RFC 9112 section 3.2.2.
 ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
-UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")  # in a log line, where quotes and \ have a meaning
+# What a log line takes as it is: printable ASCII, but for quotes and backslashes.
+LOGGABLE = re.compile(rf"[ !#-\[\]-~]{{0,{MAX_LOGGED}}}")
+NOT_LOGGABLE = re.compile(r"[^ !#-\[\]-~]")
 
 # What is wrong with a head that HEAD does not match: the first pattern that fits says it.
 FAULTS = [
@@ -446,10 +448,14 @@ class Answer(NamedTuple):
 
 def log_escape(text: str, most: int = MAX_LOGGED) -> str:
     """Return printable ASCII without quotes and backslashes, anything else as \\xHH."""
-    text = text[:most]
-    if UNPRINTABLE.search(text):
-        text = UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02X}", text)[:most]
-    return text
+    return NOT_LOGGABLE.sub(lambda match: f"\\x{ord(match.group()):02X}", text[:most])[:most]
+
+
+def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str:
+    """Return a line of the Combined Log Format, from the request line on."""
+    if not LOGGABLE.fullmatch(line + referer + agent):
+        line, referer, agent = log_escape(line), log_escape(referer), log_escape(agent)
+    return f'"{line}" {status} {size} "{referer}" "{agent}"'
 
 
 def read_fields(text: str) -> Dict[str, str]:
@@ -502,13 +508,16 @@ def read_request(text: str, fields: Dict[str, str]) -> Request:
     name = server_name(fields["host"]) if "host" in fields else ""
     if method in ("CONNECT", "TRACE"):
         raise Refusal(405, f"method {method}")
-    absolute = ABSOLUTE_FORM.fullmatch(target)
-    if absolute:  # RFC 9112 section 3.2.2: its authority replaces the Host field
+    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        absolute = ABSOLUTE_FORM.fullmatch(target)
+        if not absolute:
+            raise Refusal(400, "request target is not a path")
+        # RFC 9112 section 3.2.2: its authority replaces the Host field.
         name, target = server_name(absolute.group(1)), absolute.group(2)
         if not target.startswith("/"):
             target = "/" + target
-    if "#" in target or not (target.startswith("/") or (target == "*" and method == "OPTIONS")):
-        raise Refusal(400, "request target is not a path")
+    if "#" in target:
+        raise Refusal(400, "request target has a fragment")
     close = body or minor == "0" or "close" in fields.get("connection", "").lower()
     return Request(method, name, target, body, close)
 
@@ -607,10 +616,8 @@ def answer(
     response, size = render(status, location, body, head_only, close, date)
     if text.startswith("\x16"):
         response = b""
-    log = (
-        f'"{log_escape(line)}" {status} {size} '
-        f'"{log_escape(fields.get("referer") or "-")}" '
-        f'"{log_escape(fields.get("user-agent") or "-")}"'
+    log = log_line(
+        line, status, size, fields.get("referer") or "-", fields.get("user-agent") or "-"
     )
     return Answer(response, status, location, target, close, unread, log, refusal)
 
@@ -776,7 +783,6 @@ def error_line(client: str, text: str) -> str:
 #
 # Why not asyncio or threads: they cost three to six times the processor time for each request.
 
-MSG_MORE = getattr(socket, "MSG_MORE", 0)  # Linux has it
 READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
 
 
@@ -822,6 +828,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
     state = READING
     incoming = b""  # not answered yet
     outgoing = b""  # not sent yet
+    idle = False  # whether it has answered all that has come
+    last = False  # whether the next answer is the last, since the server stops
     unread = False  # whether the client may still be sending
     drained = 0  # bytes
     registered = 0  # the event that the server's selector waits for
@@ -831,6 +839,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.access_log = getattr(self.server, "access_log", None)
         self.error_log = getattr(self.server, "error_log", None)
         self.client = self.address_string()
+        self.last = getattr(self.server, "stopping", False)
         self.close_connection = False
         self.deadline = time.monotonic() + self.head_seconds
 
@@ -854,7 +863,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
 
     def receive(self) -> None:
         """Take what the client has sent."""
-        if self.state not in (READING, DRAINING):
+        if self.state == WRITING:
             return
         try:
             data = self.request.recv(self.receive_most)
@@ -864,61 +873,65 @@ class RedirectHandler(BaseHTTPRequestHandler):
             data = b""
         if not data:
             self.state = DONE
-        elif self.state == DRAINING:
+        elif self.state == READING:
+            self.incoming += data
+            self.unread = len(data) == self.receive_most
+        else:
             self.drained += len(data)
             if self.drained > self.drain_most:
                 self.state = DONE
-        else:
-            if not self.incoming:
-                self.deadline = time.monotonic() + self.head_seconds
-            self.incoming += data
-            self.unread = len(data) == self.receive_most
 
     def reply(self) -> None:
         """Answer the whole requests that have come, or some of them, into `outgoing`."""
-        if self.outgoing or self.state not in (READING, WRITING):
+        if self.outgoing or not self.incoming:
             return
         for _ in range(self.reply_most):
             end = head_end(self.incoming)
-            if not end or self.close_connection or len(self.outgoing) > self.outgoing_most:
+            if not end:
                 break
             head, self.incoming = self.incoming[:end], self.incoming[end:]
             self.reply_to(head)
-        if self.outgoing:
-            waits = self.head_seconds if self.incoming else self.idle_seconds
-            self.deadline = time.monotonic() + waits
+            if self.close_connection or not self.incoming:
+                break
+            if len(self.outgoing) > self.outgoing_most:
+                break
+        if self.outgoing or self.idle:
+            self.idle = not self.incoming
+            seconds = self.idle_seconds if self.idle else self.head_seconds
+            self.deadline = time.monotonic() + seconds
 
-    def reply_to(self, head: bytes) -> None:
-        """Answer one request."""
-        now = dates(int(time.time()))
-        stopping = getattr(self.server, "stopping", False)
-        result = answer(head, self.rule, now[0], self.find_token, last=stopping)
+    def reply_to(self, head: bytes) -> Answer:
+        """Answer one request, and write its lines to the logs."""
+        date, log_date = dates(int(time.time()))
+        result = answer(head, self.rule, date, self.find_token, self.last)
         self.outgoing += result.response
-        self.close_connection = result.close
-        self.unread |= result.unread or stopping
-        self.log_answer(result, now[1])
+        if result.close:
+            self.close_connection = True
+            self.unread |= result.unread or self.last
+        if self.access_log is not None and result.response:
+            self.access_log.write(f"{self.client} - - [{log_date}] {result.log}\n")
+        if result.refusal:
+            self.log_error("refused: %s", result.refusal)
+        return result
 
     def send(self) -> None:
         """Send what there is to send, and find the next state."""
-        if self.state not in (READING, WRITING):
-            return
         if self.outgoing:
-            # The last answer and the end of the connection travel in one packet.
-            flags = MSG_MORE if self.close_connection else 0
             try:
-                count = self.request.send(self.outgoing, flags)
+                self.outgoing = self.outgoing[self.request.send(self.outgoing) :]
             except BlockingIOError:
-                count = 0
+                pass
             except OSError:
                 self.state = DONE
                 return
-            self.outgoing = self.outgoing[count:]
         if self.outgoing:
             self.state = WRITING
-        elif self.close_connection:
+        elif self.close_connection and self.state != DRAINING:
             self.end()
-        else:
-            self.state = WRITING if head_end(self.incoming) else READING
+        elif self.incoming and head_end(self.incoming):
+            self.state = WRITING
+        elif self.state == WRITING:
+            self.state = READING
 
     def end(self) -> None:
         """Close after the last answer, or drain first where the client may still be sending."""
@@ -936,13 +949,6 @@ class RedirectHandler(BaseHTTPRequestHandler):
     def address_string(self) -> str:
         host = str(self.client_address[0])
         return host[7:] if host.startswith("::ffff:") else host  # IPv4 on an IPv6 socket
-
-    def log_answer(self, result: Answer, log_date: str) -> None:
-        """Write the lines of one answer to the logs."""
-        if self.access_log is not None and result.response:
-            self.access_log.write(f"{self.client} - - [{log_date}] {result.log}\n")
-        if result.refusal:
-            self.log_error("refused: %s", result.refusal)
 
     def log_error(self, format: str, *args: Any) -> None:
         if self.error_log is not None:
@@ -1077,6 +1083,8 @@ class RedirectServer(AnyFamilyServer):
                 break
         self.selector.unregister(self.socket)
         self.socket.close()
+        for handler in self.connections:
+            handler.last = True
         start = time.monotonic()
         while self.connections and time.monotonic() < start + self.grace_seconds:
             self.turn(0.02)
@@ -1216,9 +1224,8 @@ class RedirectServer(AnyFamilyServer):
             self.connections.move_to_end(handler)
             if len(self.connections) > self.max_connections:
                 self.drop(next(iter(self.connections)))
-        size = len(handler.incoming) + len(handler.outgoing)
-        if size or self.holding:
-            self.hold(handler, size)
+        if handler.incoming or handler.outgoing or self.holding:
+            self.hold(handler, len(handler.incoming) + len(handler.outgoing))
 
     def hold(self, handler: RedirectHandler, size: int) -> None:
         """Keep account of the bytes that a connection holds; beyond the budget, close one."""
@@ -1232,15 +1239,13 @@ class RedirectServer(AnyFamilyServer):
 
     def drop(self, handler: RedirectHandler) -> None:
         """Close a connection; its bytes are free at once."""
-        handler.state, handler.incoming, handler.outgoing = DONE, b"", b""
-        self.connections.pop(handler, None)
-        self.held_bytes -= self.holding.pop(handler, 0)
-        try:
-            if handler.registered:
-                handler.registered = 0
+        if handler.registered:
+            handler.registered = 0
+            self.connections.pop(handler, None)
+            self.hold(handler, 0)
+            with contextlib.suppress(KeyError, ValueError):  # a handler has closed it itself
                 self.selector.unregister(handler.request)
-        except (KeyError, ValueError):  # a handler has closed its socket itself
-            pass
+        handler.state, handler.incoming, handler.outgoing = DONE, b"", b""
         try:
             if handler.request.fileno() >= 0:
                 self.close_request(handler.request)
@@ -1876,9 +1881,10 @@ class BeforeHandler(StubHandler):
 class DemoHandler(RedirectHandler):
     """Tells of each answer as it is given."""
 
-    def log_answer(self, result: Answer, log_date: str) -> None:
-        super().log_answer(result, log_date)
+    def reply_to(self, head: bytes) -> Answer:
+        result = super().reply_to(head)
         self.server.tell(result)  # type: ignore[attr-defined]
+        return result
 
 
 class Demo:
