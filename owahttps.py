@@ -370,12 +370,14 @@ LOOP = (
 API = "this API speaks only HTTPS: a secret that came with this request was sent in clear"
 ACME_PREFIX = "/.well-known/acme-challenge/"
 
-# RFC 9110 section 5.6.2: token = 1*tchar
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# RFC 9110 section 5.6.2: token = 1*tchar.  No method in use has more than 20 characters.
+TCHAR = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+TOKEN = TCHAR + "+"
+METHOD = TCHAR + "{1,50}"
 # RFC 9112 section 3: request-line = method SP request-target SP HTTP-version.  Section 2.2: one
 # empty line before it is tolerated.  8-bit bytes in the target are not in the grammar, but
 # browsers have sent them; a Location has them percent-encoded.
-REQUEST_LINE = rf"(?:\r\n)?({TOKEN}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n"
+REQUEST_LINE = rf"(?:\r\n)?({METHOD}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n"
 # RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS, and no obs-fold.
 HEAD = re.compile(rf"{REQUEST_LINE}(?:{TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
 REQUEST_LINE_BYTES = re.compile(REQUEST_LINE.encode("latin-1"))
@@ -394,8 +396,8 @@ LOOP_SIGNS = {
     "front-end-https": re.compile(r"(?i)on$"),  # Microsoft's own, for Outlook Web Access
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
-# RFC 9112 section 3.2.2.
-ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#]*)(.*)")
+# RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
+ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
 # What a log line takes as it is: printable ASCII, but for quotes and backslashes.
 LOGGABLE = re.compile(rf"[ !#-\[\]-~]{{0,{MAX_LOGGED}}}")
 NOT_LOGGABLE = re.compile(r"[^ !#-\[\]-~]")
@@ -407,9 +409,9 @@ FAULTS = [
         (r"\x16", 400, "TLS on the plain HTTP port"),
         (r"PROXY ", 400, "PROXY protocol: this port takes only HTTP, without it"),
         (r"\r\n\r\n", 400, "no request line (version 2 of the PROXY protocol begins like this)"),
-        (rf"(?:\r\n)?{TOKEN} [^\n ]{{{MAX_TARGET + 1}}}", 414, "request target too long"),
+        (rf"(?:\r\n)?{METHOD} [^\n ]{{{MAX_TARGET + 1}}}", 414, "request target too long"),
         (rf".{{{MAX_HEAD + 1}}}", 431, "request head too long"),
-        (rf"(?:\r\n)?{TOKEN} [^\r\n ]+ HTTP/[02-9]\.[0-9]\r\n", 505, "not HTTP/1"),
+        (rf"(?:\r\n)?{METHOD} [^\r\n ]+ HTTP/[02-9]\.[0-9]\r\n", 505, "not HTTP/1"),
         (r".*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", 400, "control byte"),
         (r".*(?:\r(?!\n)|(?<!\r)\n)", 400, "lone CR or LF"),
         (rf"(?!{REQUEST_LINE})", 400, "malformed request line"),
@@ -496,6 +498,23 @@ def is_loop(fields: Dict[str, str]) -> bool:
     return False
 
 
+def effective_target(method: str, host: str, target: str) -> Tuple[str, str]:
+    """Return the server name that a request target means, and its path and query, or "*"."""
+    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        absolute = ABSOLUTE_FORM.fullmatch(target)
+        if not absolute:
+            raise Refusal(400, "request target is not a path")
+        if absolute.group(1):  # RFC 9110 section 7.4: an https URI wants a secure connection
+            raise Refusal(421, LOOP)
+        # RFC 9112 section 3.2.2: its authority replaces the Host field.
+        host, target = server_name(absolute.group(2)), absolute.group(3)
+        if not target.startswith("/"):
+            target = "/" + target
+    if "#" in target:
+        raise Refusal(400, "request target has a fragment")
+    return host, target
+
+
 def read_request(text: str, fields: Dict[str, str]) -> Request:
     """Take a request head apart; raises Refusal or HostError."""
     match = HEAD.fullmatch(text)
@@ -508,16 +527,7 @@ def read_request(text: str, fields: Dict[str, str]) -> Request:
     name = server_name(fields["host"]) if "host" in fields else ""
     if method in ("CONNECT", "TRACE"):
         raise Refusal(405, f"method {method}")
-    if not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
-        absolute = ABSOLUTE_FORM.fullmatch(target)
-        if not absolute:
-            raise Refusal(400, "request target is not a path")
-        # RFC 9112 section 3.2.2: its authority replaces the Host field.
-        name, target = server_name(absolute.group(1)), absolute.group(2)
-        if not target.startswith("/"):
-            target = "/" + target
-    if "#" in target:
-        raise Refusal(400, "request target has a fragment")
+    name, target = effective_target(method, name, target)
     close = body or minor == "0" or "close" in fields.get("connection", "").lower()
     return Request(method, name, target, body, close)
 
@@ -916,6 +926,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
 
     def send(self) -> None:
         """Send what there is to send, and find the next state."""
+        if self.state in (DRAINING, DONE):
+            return
         if self.outgoing:
             try:
                 self.outgoing = self.outgoing[self.request.send(self.outgoing) :]
@@ -926,12 +938,10 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 return
         if self.outgoing:
             self.state = WRITING
-        elif self.close_connection and self.state != DRAINING:
+        elif self.close_connection:
             self.end()
-        elif self.incoming and head_end(self.incoming):
-            self.state = WRITING
-        elif self.state == WRITING:
-            self.state = READING
+        else:
+            self.state = WRITING if head_end(self.incoming) else READING
 
     def end(self) -> None:
         """Close after the last answer, or drain first where the client may still be sending."""
@@ -1111,10 +1121,10 @@ class RedirectServer(AnyFamilyServer):
                 self.serve(handlers)
             if now >= self.next_sweep:
                 self.sweep(now)
+            self.flush_logs()
         except Exception:  # such as ENOMEM of the selector; no client is to blame
             self.handle_error(None, ("-", 0))
             time.sleep(0.01)
-        self.flush_logs()
 
     def shares(self, ready: List[RedirectHandler]) -> Iterator[List[RedirectHandler]]:
         """Divide the handlers that are ready into those that take their steps together.
@@ -1524,7 +1534,7 @@ def read_field_lines(lines: List[str]) -> List[Tuple[str, str]]:
         name, colon, value = line.partition(":")
         if line[:1] in ("\t", " ") and fields:
             name, start = fields.pop()
-            fields.append((name, f"{start} {line.strip()}"))
+            fields.append((name, f"{start} {line.strip()}".strip()))
         elif colon:
             fields.append((name.strip("\t ").lower(), value.strip("\t\r ")))
     return fields
