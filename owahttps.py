@@ -1324,12 +1324,21 @@ it was not set). Clear what you selected in step 13. Do steps 16 and 17. Delete 
 """
 
 
+def wrapped(text: str, first: str = "", rest: str = "") -> str:
+    """Return a text in lines that fit a terminal, with these indents; no name is broken."""
+    lines = textwrap.TextWrapper(
+        width=98,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines.fill(text) + "\n"
+
+
 def bullets(notes: Iterable[str]) -> str:
-    """Return a list in lines that fit a terminal."""
-    lines = []
-    for note in notes:
-        lines += textwrap.wrap(note, 98, initial_indent=" - ", subsequent_indent="   ")
-    return "\n".join(lines) + "\n"
+    """Return a list for people."""
+    return "".join(wrapped(note, " - ", "   ") for note in notes)
 
 
 def asp_page(rule: RedirectRule, port: int = 80) -> str:
@@ -2094,11 +2103,16 @@ exit /b 1
 """
 
 
+def site_names(rule: RedirectRule) -> Tuple[str, ...]:
+    """Return the names that the site is bound to."""
+    return rule.allow_hosts or (rule.host,)
+
+
 def refuse_what_iis_cannot(recipe: str, rule: RedirectRule) -> None:
     """Raise RuleError if a site of its own cannot do what the rule wants."""
     if not rule.host:
         raise RuleError(f"{recipe} needs --host: the site is bound to that name")
-    for name in rule.allow_hosts or (rule.host,):
+    for name in site_names(rule):
         if name.startswith("[") or name.replace(".", "").isdigit():
             raise RuleError(f"{recipe} needs names: IIS binds no site to the host name {name}")
     if rule.health:
@@ -2126,7 +2140,7 @@ def site_redirects(rule: RedirectRule) -> List[Tuple[str, str, bool]]:
 def site_notes(recipe: str, rule: RedirectRule) -> str:
     """Return what the site does, and when not to use it."""
     others = '"Exchange Back End"' if recipe == "exchange" else "the other sites"
-    names = " and ".join(rule.allow_hosts or (rule.host,))
+    names = " and ".join(site_names(rule))
     about = [
         f"A Web site of its own redirects {names}.",
         f'"Default Web Site" and {others} are left alone: IIS gives a request to the binding that'
@@ -2159,20 +2173,17 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
         notes.append("Status 308 needs IIS 10 (Windows Server 2016).")
     if rule.status in (307, 308):
         notes.append("Outlook's Autodiscover is documented to follow 301 and 302 only.")
-    return "".join(textwrap.fill(text, 98) + "\n" for text in about) + bullets(notes)
+    return "".join(map(wrapped, about)) + bullets(notes)
 
 
 def numbered(steps: Iterable[str]) -> str:
-    """Return numbered steps in lines that fit a terminal."""
-    lines = []
-    for number, step in enumerate(steps, 1):
-        lines += textwrap.wrap(step, 98, initial_indent=f"{number:2}. ", subsequent_indent="    ")
-    return "\n".join(lines) + "\n"
+    """Return steps with their numbers."""
+    return "".join(wrapped(step, f"{number:2}. ", "    ") for number, step in enumerate(steps, 1))
 
 
 def site_steps(rule: RedirectRule, port: int) -> str:
     """Return the clicks in IIS Manager that make the site."""
-    names = rule.allow_hosts or (rule.host,)
+    first, *others = site_names(rule)
     folder = "C:\\inetpub\\owahttps"
     folders = folder
     if not rule.keep_path:
@@ -2182,9 +2193,9 @@ def site_steps(rule: RedirectRule, port: int) -> str:
         "Open Internet Information Services (IIS) Manager and expand the server.",
         "Right-click Sites and click Add Website (IIS 7: Add Web Site).",
         f"Site name: owahttps. Physical path: {folder}. Type: http. Port: {port}."
-        f" Host name: {names[0]}. Click OK.",
+        f" Host name: {first}. Click OK.",
     ]
-    for name in names[1:]:
+    for name in others:
         steps.append(
             f"Right-click the site owahttps, Edit Bindings, Add: http, {port}, {name}. Click OK."
         )
@@ -2203,7 +2214,6 @@ def site_steps(rule: RedirectRule, port: int) -> str:
 
 def site_script(rule: RedirectRule, port: int) -> str:
     """Return owahttps.cmd, which does the same by appcmd."""
-    names = rule.allow_hosts or (rule.host,)
     settings = ""
     for place, destination, exact in site_redirects(rule):
         settings += (
@@ -2218,7 +2228,7 @@ def site_script(rule: RedirectRule, port: int) -> str:
     return SITE_CMD.format(
         http=f"http://{with_port(rule.host, port, 80)}/",
         https=rule.location(rule.host, "/"),
-        bindings=",".join(f"http/*:{port}:{name}" for name in names),
+        bindings=",".join(f"http/*:{port}:{name}" for name in site_names(rule)),
         settings=settings,
     )
 
@@ -2247,7 +2257,7 @@ def site_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # What a Host may be.  Whether an address is one is not looked at: 1::2::3 passes.
 ANY_HOST = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
 MACHINE_PATTERN = r"/(?:\.well-known|autodiscover)/"
-TOKEN_PATTERN = r"^/\.well-known/acme-challenge/([A-Za-z0-9_-]+)$"
+ACME_PATTERN = r"^/\.well-known/acme-challenge/([A-Za-z0-9_-]+)$"
 # LOOP_SIGNS, in terms that all these servers have.
 PROXY_FIELDS = {
     "X-Forwarded-Proto": "^(https|wss)",
@@ -2291,7 +2301,7 @@ def nginx_exceptions(rule: RedirectRule) -> Iterator[str]:
         yield f'    location ~* "{api_pattern(path)}" {{ return 403; }}'
     if rule.acme_dir:
         yield f"    {LAYOUTS}"
-        yield f'    location ~ "{TOKEN_PATTERN}" {{'
+        yield f'    location ~ "{ACME_PATTERN}" {{'
         yield f'        disable_symlinks on "from={rule.acme_dir}";'
         yield f'        root "{rule.acme_dir}";'
         yield "        try_files /$1 $uri =404;"
@@ -2343,8 +2353,8 @@ def apache_exceptions(rule: RedirectRule) -> Iterator[str]:
     if rule.acme_dir:
         yield f"    {LAYOUTS}"
         yield f'    RewriteCond "{rule.acme_dir}/$1" -f'
-        yield f'    RewriteRule "{TOKEN_PATTERN}" "{rule.acme_dir}/$1" [L]'
-        yield f'    RewriteRule "{TOKEN_PATTERN}" "{rule.acme_dir}$0" [L]'
+        yield f'    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}/$1" [L]'
+        yield f'    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}$0" [L]'
         yield f'    <Directory "{rule.acme_dir}">'
         yield "        Options None"
         yield "        Require all granted"
@@ -2443,7 +2453,7 @@ def caddy_exceptions(rule: RedirectRule) -> Iterator[str]:
     if rule.acme_dir:
         # Where try_files finds no file, the path stays: that of the other layout.
         yield f"\t\t{LAYOUTS}"
-        yield f"\t\t@acme path_regexp acme `{TOKEN_PATTERN}`"
+        yield f"\t\t@acme path_regexp acme `{ACME_PATTERN}`"
         yield "\t\thandle @acme {"
         yield f'\t\t\troot * "{rule.acme_dir}"'
         yield "\t\t\ttry_files /{re.acme.1}"

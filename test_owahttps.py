@@ -2075,6 +2075,7 @@ def test_the_articles_steps():
             95,
         ),
         (f"exchange {HOST} --status 308", ["-httpResponseStatus:PermRedirect", "IIS 10"], [], 95),
+        (f"iis --host {'a-' * 30}b.example", [f"Host name: {'a-' * 30}b.example."], [], 95),
     ],
 )
 def test_recipes_say(words, has, has_not, most_lines):
