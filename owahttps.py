@@ -2177,8 +2177,9 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
 
 
 def numbered(steps: Iterable[str]) -> str:
-    """Return steps with their numbers."""
-    return "".join(wrapped(step, f"{number:2}. ", "    ") for number, step in enumerate(steps, 1))
+    """Return steps with their numbers; a step may have several lines."""
+    indented = (step.replace("\n", "\n    ") for step in steps)
+    return "".join(f"{number:2}. {step}\n" for number, step in enumerate(indented, 1))
 
 
 def site_steps(rule: RedirectRule, port: int) -> str:
@@ -2192,22 +2193,22 @@ def site_steps(rule: RedirectRule, port: int) -> str:
         f"At a command prompt, type: md {folders}",
         "Open Internet Information Services (IIS) Manager and expand the server.",
         "Right-click Sites and click Add Website (IIS 7: Add Web Site).",
-        f"Site name: owahttps. Physical path: {folder}. Type: http. Port: {port}."
-        f" Host name: {first}. Click OK.",
+        f"Site name: owahttps. Physical path: {folder}. Type: http. Port: {port}.\n"
+        f"Host name: {first}. Click OK.",
     ]
     for name in others:
         steps.append(
-            f"Right-click the site owahttps, Edit Bindings, Add: http, {port}, {name}. Click OK."
+            f"Right-click the site owahttps, click Edit Bindings, then Add.\n"
+            f"Type: http. Port: {port}. Host name: {name}. Click OK."
         )
     for place, destination, exact in site_redirects(rule):
         tick = "Select" if exact else "Clear"
         steps.append(
-            f'Select {place}, double-click HTTP Redirect. Select "Redirect requests to this'
-            f' destination": {destination}'
-        )
-        steps.append(
+            f"Select {place} and double-click HTTP Redirect.\n"
+            f'Select "Redirect requests to this destination" and type {destination}\n'
             f'{tick} "Redirect all requests to exact destination (instead of relative to'
-            f' destination)". Status code: {rule.status}. Click Apply.'
+            f' destination)".\n'
+            f"Status code: {rule.status}. Click Apply."
         )
     return numbered(steps) + SITE_CLICKS_UNDO
 

@@ -2054,6 +2054,7 @@ def test_the_articles_steps():
         (
             IIS,
             [
+                "Redirect all requests to exact destination (instead of relative to destination)",
                 '/bindings:"http/*:80:app.example.com,http/*:80:www.app.example.com"',
                 '-exactDestination:false -destination:"https://app.example.com" ||',
                 "check app.example.com www.app.example.com --keep-path --host app.example.com\n",
