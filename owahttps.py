@@ -2397,6 +2397,17 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "</VirtualHost>"
 
 
+def haproxy_exceptions(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines for paths that are not redirected."""
+    if rule.health:
+        yield f"    monitor-uri {rule.health}"
+    if rule.api:
+        yield f"    {NO_REDIRECT}"
+    for path in rule.api:
+        below = f"{{ path,url_dec -i -m reg '{api_pattern(path)}' }}"
+        yield f"    http-request deny deny_status 403 if {below}"
+
+
 def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("%[var(txn.host)]")
     yield "# Where you have one already, add only the frontend to it."
@@ -2413,14 +2424,8 @@ def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "    timeout http-request 10s"
     yield "    log stdout format raw daemon"
     yield "    option httplog"
-    if rule.health:
-        yield f"    monitor-uri {rule.health}"
     yield "    http-request deny deny_status 405 if METH_CONNECT or METH_TRACE"
-    if rule.api:
-        yield f"    {NO_REDIRECT}"
-    for path in rule.api:
-        below = f"{{ path,url_dec -i -m reg '{api_pattern(path)}' }}"
-        yield f"    http-request deny deny_status 403 if {below}"
+    yield from haproxy_exceptions(rule)
     yield f"    {LOOPS}"
     for field, pattern in PROXY_FIELDS.items():
         yield f"    acl loop req.fhdr({field}) -i -m reg '{pattern}'"
