@@ -2276,15 +2276,14 @@ LAYOUTS = "# TOKEN in the folder, or .well-known/acme-challenge/TOKEN as of cert
 A_DAY = "# Else browsers keep it for ever, also when it was wrong."
 
 
-def host_pattern(rule: RedirectRule) -> str:
-    """Return a regular expression, with one group, for the names that are redirected."""
-    names = "|".join(map(re.escape, rule.allow_hosts))
-    return f"({names or ANY_HOST})"
+def allowed_names(rule: RedirectRule) -> str:
+    """Return a regular expression for the names of --allow-host."""
+    return "|".join(map(re.escape, rule.allow_hosts))
 
 
-def refusal(rule: RedirectRule) -> int:
-    """Return the status for any other Host."""
-    return 421 if rule.allow_hosts else 400
+def missing_host(rule: RedirectRule) -> str:
+    """Return "?" where a request of HTTP/1.0 without a Host leads to the fixed one."""
+    return "?" if rule.host else ""
 
 
 def api_pattern(path: str) -> str:
@@ -2320,10 +2319,12 @@ def nginx_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield from nginx_exceptions(rule)
     yield "    location / {"
     yield "        # $host has no port and no capitals, but nginx lets @ # ? % and the like pass."
-    host = host_pattern(rule) + ("?" if rule.host else "")  # HTTP/1.0 may have none
-    yield f'        if ($host !~ "^{host}$") {{ return {refusal(rule)}; }}'
+    missing = missing_host(rule)
+    yield f'        if ($host !~ "^({ANY_HOST}){missing}$") {{ return 400; }}'
     yield "        # $host ends at the first colon: what comes then is a port, or invalid."
     yield '        if ($http_host !~ "^([^:]*|\\[[^]]*])(:[0-9]*)?$") { return 400; }'
+    if rule.allow_hosts:
+        yield f'        if ($host !~ "^({allowed_names(rule)}){missing}$") {{ return 421; }}'
     yield f"        {LOOPS}"
     for field, pattern in PROXY_FIELDS.items():
         variable = "$http_" + field.lower().replace("-", "_")
@@ -2385,9 +2386,12 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
         yield f'    SetEnvIfNoCase {field} "{pattern}" loop'
     yield "    RewriteCond %{ENV:loop} ."
     yield "    RewriteRule ^ - [R=421]"
-    host = host_pattern(rule) + ("?" if rule.host else "")  # HTTP/1.0 may have none
-    yield f'    RewriteCond %{{HTTP_HOST}} "!^{host}\\.?(:[0-9]+)?$" [NC]'
-    yield f"    RewriteRule ^ - [R={refusal(rule)}]"
+    rest = missing_host(rule) + r"\.?(:[0-9]*)?$"
+    yield f'    RewriteCond %{{HTTP_HOST}} "!^({ANY_HOST}){rest}" [NC]'
+    yield "    RewriteRule ^ - [R=400]"
+    if rule.allow_hosts:
+        yield f'    RewriteCond %{{HTTP_HOST}} "!^({allowed_names(rule)}){rest}" [NC]'
+        yield "    RewriteRule ^ - [R=421]"
     kept = "/" if rule.keep_path else MACHINE_PATTERN
     yield "    # THE_REQUEST is as it came, never decoded. Apache appends the query."
     yield f'    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({kept}[^? ]*)" [NC]'
@@ -2408,6 +2412,17 @@ def haproxy_exceptions(rule: RedirectRule) -> Iterator[str]:
         yield f"    http-request deny deny_status 403 if {below}"
 
 
+def haproxy_host(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines that set txn.host to the server name, or refuse the request."""
+    yield "    # In lower case, without port and last dot; the rest of Host is as it came."
+    yield "    http-request set-var(txn.host) req.fhdr(host),lower,regsub(:[0-9]*$,),regsub(\\.$,)"
+    valid = f"{{ var(txn.host) -m reg '^({ANY_HOST})$' }}"
+    yield f"    http-request deny deny_status 400 unless {valid}"
+    if rule.allow_hosts:
+        allowed = f"{{ var(txn.host) -m str {' '.join(rule.allow_hosts)} }}"
+        yield f"    http-request deny deny_status 421 unless {allowed}"
+
+
 def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("%[var(txn.host)]")
     yield "# Where you have one already, add only the frontend to it."
@@ -2422,6 +2437,8 @@ def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "    # One for silence, one for a whole head."
     yield "    timeout client 10s"
     yield "    timeout http-request 10s"
+    yield "    # HAProxy 2.6 takes a Content-Length of 2 ** 64 for 0, and the body for a request."
+    yield "    option httpclose"
     yield "    log stdout format raw daemon"
     yield "    option httplog"
     yield "    http-request deny deny_status 405 if METH_CONNECT or METH_TRACE"
@@ -2430,10 +2447,7 @@ def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     for field, pattern in PROXY_FIELDS.items():
         yield f"    acl loop req.fhdr({field}) -i -m reg '{pattern}'"
     yield "    http-request deny deny_status 421 if loop"
-    yield "    # In lower case, without port and last dot; the rest of Host is as it came."
-    yield "    http-request set-var(txn.host) req.fhdr(host),lower,regsub(:[0-9]+$,),regsub(\\.$,)"
-    named = f"{{ var(txn.host) -m reg '^{host_pattern(rule)}$' }}"
-    yield f"    http-request deny deny_status {refusal(rule)} unless {named}"
+    yield from haproxy_host(rule)
     yield "    http-request deny deny_status 400 unless { path_beg / }"
     if rule.status in (301, 308):
         yield f"    {A_DAY}"
@@ -2484,7 +2498,8 @@ def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
         yield f"\t\t@{field} header_regexp {field} `(?i){pattern}`"
         yield f"\t\trespond @{field} 421"
     yield "\t\t# Not {host}: it has no brackets round IPv6 and may hold @ # ? %"
-    yield f"\t\t@host header_regexp host Host `(?i)^{host_pattern(rule)}\\.?(:[0-9]+)?$`"
+    rest = r"\.?(:[0-9]*)?$"
+    yield f"\t\t@host header_regexp host Host `(?i)^({allowed_names(rule) or ANY_HOST}){rest}`"
     yield "\t\troute @host {"
     if rule.status in (301, 308):
         yield f"\t\t\t{A_DAY}"
@@ -2496,7 +2511,10 @@ def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
             yield f"\t\t\tredir {folder} {origin}{{uri}} {rule.status}"
         yield f"\t\t\tredir {origin}{rule.path} {rule.status}"
     yield "\t\t}"
-    yield f"\t\trespond {refusal(rule)}"
+    if rule.allow_hosts:
+        yield f"\t\t@valid header_regexp Host `(?i)^({ANY_HOST}){rest}`"
+        yield "\t\trespond @valid 421"
+    yield "\t\trespond 400"
     yield "\t}"
     yield "}"
 

@@ -3960,6 +3960,7 @@ DIFFERS = {
     "Host port 65536": "NHC",
     "Host port that is no number": "N",
     "no Host, HTTP/1.0, with a fixed host": "HC",
+    "pipelined requests, answered in order": "H",
     "two Hosts, equal": "H",
     "folded field line": "AHC",
     "lone LF in the head": "NHC",
@@ -4001,7 +4002,7 @@ ALIKE = [
     *("Front-End-Https: On", "Front-End-Https: off", "X-Forwarded-Ssl: on"),
     *("Forwarded: for=1.2.3.4;proto=https", 'Forwarded: for=_x;Proto="https";by=y'),
     *("Forwarded: for=1.2.3.4;proto=http", "CloudFront-Forwarded-Proto: https"),
-    *("X-ARR-SSL: 2048|256|C=US", "Host: other.example"),
+    *("X-ARR-SSL: 2048|256|C=US", "Host: other.example", "Host: a@mail.example.com"),
 ]
 # None of these may lead to another host than this one, by any server.
 EVIL = [
