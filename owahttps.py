@@ -49,6 +49,7 @@ import ssl
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections import OrderedDict
@@ -1272,61 +1273,176 @@ class RedirectServer(AnyFamilyServer):
 
 # ---- The article --------------------------------------------------------------------
 
+# Microsoft's article Q279681: one ASP page and 18 steps.  The page is the article's, to the
+# letter.  The steps are told in our own words, with IIS's labels as the article gives them.
+
 
 class Part(NamedTuple):
-    """A part of a recipe; with a file name, it is a file as well."""
+    """A part of a recipe: its name and text, and the file that it is ("": it is no file)."""
 
     name: str
     text: str
     file: str = ""
 
 
-def _refuse(who: str, *reasons: Tuple[Any, str]) -> None:
-    """RuleError for the first of these (wrong, reason) that is."""
-    for wrong, reason in reasons:
-        if wrong:
-            raise RuleError("%s %s" % (who, reason))
-
-
-def _fill(template: str, marks: Iterable[str], values: Dict[str, Any]) -> str:
-    """A template filled in; its line "+MARK|text" is for a recipe with this mark, "-MARK|text" for one without."""
-
-    def line(match: "re.Match[str]") -> str:
-        sign, mark, text = match.groups()
-        return text if (sign == "+") == (mark in marks) else ""
-
-    return re.sub(r"(?m)^([+-])([\w.]+)\|(.*\n)", line, template).format(**values)
-
-
 ASP_PAGE = """\
 <%
-      If Request.ServerVariables("SERVER_PORT")={http_port} Then
+      If Request.ServerVariables("SERVER_PORT")={port} Then
          Dim strSecureURL
          strSecureURL = "https://"
-         strSecureURL = strSecureURL & {server_name}
-         strSecureURL = strSecureURL & "{path}"
+         strSecureURL = strSecureURL & {name}
+         strSecureURL = strSecureURL & "{rest}"
          Response.Redirect strSecureURL
       End If
    %>
 """
 
+ARTICLE_STEPS = """\
+ 1. Save the page as Owahttps.asp in the folder Inetpub\\Wwwroot\\Owaasp (make the folder).
+    Copy it as it is: IIS fills in {variables}.
+ 2. Open Internet Service Manager.
+ 3. Expand (double-click) the name of the computer.
+ 4. Expand Default Web Site.
+ 5. Right-click the {folder} folder and click Properties.
+ 6. Click the Custom Errors tab.
+ 7. Double-click the 403.4 error code (listed as 403;4). Note what it is set to.
+ 8. In the Message Type list, select URL.
+ 9. In the URL field, type /owaasp/owahttps.asp
+10. Click OK.
+11. Click the Directory Security tab.
+12. Under Secure Communications, click Edit.
+13. Select the Require secure channel (SSL) check box. Select Require 128-bit encryption too, if
+    clients must have it. Only the {folder} folder needs this for OWA. The OWAasp folder must stay
+    without it, wherever else you set it: the page is asked for over plain HTTP.
+14. Click OK.
+15. Click OK.
+16. At a command prompt, type: net stop iisadmin /y   (or restart the server)
+    Note which services it stops.{services}
+17. Start every service that was stopped.
+18. Test: {http} must land on {https}
+"""
+# Q279681 is for IIS 5.0.  What IIS 6.0 needs besides is from KB 842429.
+IIS_6_STEPS = """\
+    On IIS 6.0 (labels not verified) the site is below Web Sites. Before step 18, allow Active
+    Server Pages under Web Service Extensions, and make Owaasp an application in the application
+    pool of the {folder} folder, else IIS answers 403.18 (KB 842429).
+"""
 
-def asp_page(rule: RedirectRule, http_port: int = 80) -> str:
-    """The article's Owahttps.asp for this rule, to the letter for the default one; RuleError where there is none."""
-    _refuse(
-        "the ASP page cannot express",
-        (
-            rule.keep_path,
-            "--keep-path: IIS hands it a decoded URL, which cannot be made whole again",
-        ),
-        (rule.status != 302, "--status %d: Response.Redirect sends 302" % rule.status),
-        (rule.allow_hosts, "--allow-host: it has no list of names; use --host"),
-        (rule.health or rule.acme_dir, "--health and --acme-dir: it is run for one folder alone"),
+ARTICLE_UNDO = """\
+Do steps 2 to 6 again, double-click 403.4, and set it to what you noted (Message Type: Default, if
+it was not set). Clear what you selected in step 13. Do steps 16 and 17. Delete the folder Owaasp.
+"""
+
+
+def wrapped(text: str, first: str = "", rest: str = "") -> str:
+    """Return a text in lines that fit a terminal, with these indents; no name is broken."""
+    lines = textwrap.TextWrapper(
+        width=98,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    name = '"%s"' % rule.host if rule.host else 'Request.ServerVariables("SERVER_NAME")'
-    return ASP_PAGE.format(
-        http_port=http_port, server_name=name, path=rule.authority("")[len(rule.host) :] + rule.path
+    return lines.fill(text) + "\n"
+
+
+def bullets(notes: Iterable[str]) -> str:
+    """Return a list for people."""
+    return "".join(wrapped(note, " - ", "   ") for note in notes)
+
+
+def asp_page(rule: RedirectRule, port: int = 80) -> str:
+    """Return the article's Owahttps.asp for this rule: to the letter, for the default rule.
+
+    Raises RuleError where the page cannot express the rule.
+    """
+    if rule.keep_path:
+        raise RuleError("the ASP page cannot do --keep-path: IIS hands it a decoded URL")
+    if rule.status != 302:
+        raise RuleError(
+            f"the ASP page cannot do --status {rule.status}: Response.Redirect sends 302"
+        )
+    if rule.allow_hosts:
+        raise RuleError("the ASP page cannot do --allow-host: it has no list of names; see --host")
+    if rule.health or rule.acme_dir or rule.api:
+        raise RuleError(
+            "the ASP page cannot do --health, --acme-dir or --api: it is for one folder"
+        )
+    name = f'"{rule.host}"' if rule.host else 'Request.ServerVariables("SERVER_NAME")'
+    rest = with_port("", rule.https_port, 443) + rule.path
+    return ASP_PAGE.format(port=port, name=name, rest=rest)
+
+
+def article_steps(version: int, rule: RedirectRule, port: int) -> str:
+    """Return the 18 steps for Exchange 2000 or 2003."""
+    folder = rule.path.split("/")[1]
+    if not folder:
+        raise RuleError("the article is for one folder, such as --path /exchange, not for /")
+    text = ARTICLE_STEPS
+    services = " With Exchange 2000, all its services stop with IIS."
+    if version == 2003:
+        text += IIS_6_STEPS
+        services = ""
+    return text.format(
+        variables="SERVER_PORT" if rule.host else "SERVER_PORT and SERVER_NAME",
+        folder="Exchange" if folder == "exchange" else folder,
+        services=services,
+        http=f"http://{with_port(rule.host or 'HOST', port, 80)}{rule.path}",
+        https=rule.location("SERVER_NAME", "/"),
     )
+
+
+def article_notes(version: int, rule: RedirectRule, port: int) -> str:
+    """Return what the article does not say."""
+    notes = [
+        "The site needs a certificate, ports 80 and 443, and no host headers (Q239875).",
+        f"On any port but {port} the page does nothing: an empty answer with status 200.",
+    ]
+    if not rule.host:
+        notes.append(
+            "SERVER_NAME is what the user typed. A certificate may not name it: see --host."
+        )
+    notes += [
+        f"Deep links are lost: everybody lands on {rule.path}. A posted form has crossed in clear.",
+        f"http://{rule.host or 'HOST'}/ itself is not redirected: Q319878 does that.",
+        "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
+        "Exchange copies settings from Active Directory (KB 294280): test again after 15 minutes.",
+    ]
+    if version == 2003:
+        notes += [
+            "On a single server, step 13 breaks ActiveSync and OMA: read KB 817379 first.",
+            "Forms-based authentication has a redirect of its own: not verified with this one.",
+        ]
+    return bullets(notes)
+
+
+def check_command(rule: RedirectRule, port: int) -> str:
+    """Return the command that verifies a recipe, for each name of the rule, or for HOST."""
+    names = rule.allow_hosts or (rule.host or "HOST",)
+    sites = " ".join(with_port(name, port, 80) for name in names)
+    expected = rule._replace(allow_hosts=(), health="", acme_dir="", api=())
+    if len(names) == 1:
+        expected = expected._replace(host="")
+    return f"python3 owahttps.py check {sites}{command_options(expected)}"
+
+
+def article_recipe(version: int, rule: RedirectRule, port: int) -> List[Part]:
+    """Return the parts of the article's recipe, for Exchange 2000 on IIS 5.0 or 2003 on IIS 6.0."""
+    others = "Public, Exchange System Manager"
+    if version == 2003:
+        others += ", ActiveSync, OMA"
+    verify = (
+        f"From another machine: {check_command(rule, port)}\n"
+        "It asks for / as well, which the article leaves as it is.\n"
+        f"Over HTTPS, as before: OWA, {others}.\n"
+    )
+    return [
+        Part("asp", asp_page(rule, port), "Owahttps.asp"),
+        Part("steps", article_steps(version, rule, port)),
+        Part("notes", article_notes(version, rule, port)),
+        Part("undo", ARTICLE_UNDO),
+        Part("verify", verify),
+    ]
 
 
 # ---- The stub ------------------------------------------------------------------------
@@ -1935,484 +2051,499 @@ class Demo:
 
 # ---- Recipes ------------------------------------------------------------------------
 
+# IIS 7 and later: a Web site of its own.  http.sys gives a request to the binding that names its
+# host before it looks at those for any host (Microsoft Learn, "UrlPrefix Strings"), so no other
+# site has to change.  The attributes and values are those of Microsoft's IIS_schema.xml, where
+# only IIS 10 has PermRedirect.
 
-# Exchange: what it is, and the marks of its templates' lines; its name and the method are marks too.
-EXCHANGE = {
-    "exchange2000": ("Exchange 2000 on IIS 5.0: Microsoft's article Q279681", "article"),
-    "exchange2003": ("Exchange 2003 on IIS 6.0", "article iis6"),
-    "exchange2007": ("Exchange 2007 on IIS 7.0", "until2013"),
-    "exchange2010": ("Exchange 2010 on IIS 7.5 or 8.0", "until2013"),
-    "exchange2013": ("Exchange 2013 on IIS 7.5 to 8.5", "until2013"),
-    "exchange2016": ("Exchange 2016 on IIS 8.0 to 10", "since2016"),
-    "exchange2019": ("Exchange 2019 on IIS 10", "since2016"),
-    "exchange-se": ("Exchange SE on IIS 10", "since2016"),
-}
-ABOUT = """\
-+article|The error 403.4 of the {folder} folder runs an ASP page, which redirects to {url}
-+article| - On any port but {http_port} the page does nothing: an empty page with status 200 (see --http-port).
-+article| - SERVER_NAME is what the user typed, and the certificate may not name it: --host fixes the name.
-+article| - Deep links are lost: everybody lands on {path}. A form that was posted has crossed the wire in clear.
-+article| - Without a certificate on the site, Require secure channel answers 403 to everything.
-+article| - Let's Encrypt follows a redirect only to the same path: this one breaks its http-01 renewal.
-+article| - Exchange copies settings from Active Directory over the metabase (KB 294280): test again after 15 minutes.
-+article| - Not behind a load balancer that ends TLS: all requests come to port {http_port}, and are redirected forever.
-+article| - The script and its undo were never run on Windows: read them first.
-+iis6| - The page must run in the application pool of the Exchange folder, else IIS answers 403.18 (KB 842429).
-+iis6| - On a single server, requiring SSL on /Exchange breaks ActiveSync and OMA (KB 817379): read that first.
-+redirect|The root of Default Web Site redirects to {url}
-+redirect|Its virtual directories do not. The name of a file right below the root is appended to it.
-+403.4|Require SSL stays on, and its error 403.4 leads to {url}
-+403.4|A browser on the server itself is shown a detailed error instead: test from another machine.
--article| - Not where TLS ends before this server: redirect there. Never on the site "Exchange Back End".
--article| - Nobody has run these scripts on Windows yet: read them first.
- - Click the steps or run owahttps.cmd, not both. owahttps-undo.cmd takes back the script, not the clicks.
-+exchange2007| - Response mode Redirect crashes OWAAppPool on this version: method 403.4 serves a file with a refresh.
-+exchange2007|   Its status stays 403: a browser follows it, but owahttps.py check reports the 403.
-+until2013| - Method redirect serves the bare host name: http://HOST/owa may still answer 403.4. Method 403.4 does both.
-+since2016| - Method 403.4 needs CustomErrorModule, which web.config in the site's directory removes: delete its line
-+since2016|   <remove name="CustomErrorModule" /> (keep a copy), and look again after every cumulative update.
-+since2016| - Under Extended Protection (on by default from Exchange 2019 CU14) /owa keeps Require SSL: with method
-+since2016|   redirect, http://HOST/owa then answers 403.4. Method 403.4 does both.
-+308| - Status 308 needs IIS 10.
+IIS_STATUS = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
+# What RedirectRule.keeps_path() is true of, where the rule has a path.
+IIS_MACHINE_FOLDERS = (".well-known", "autodiscover")
+
+SITE_CLICKS_UNDO = """\
+To take the clicks back: remove the site owahttps, then the application pool owahttps (IIS Manager
+makes one with the site), and delete the folder.
 """
-STEPS = {
-    "article": """\
- 1. Save the ASP page as Owahttps.asp in the folder Inetpub\\Wwwroot\\Owaasp (make the folder).
-    Copy it as it is: SERVER_PORT and SERVER_NAME are variables that IIS fills in, not places for your own values.
- 2. Open Internet Service Manager.
- 3. Expand (double-click) the name of the computer.
- 4. Expand Default Web Site.
- 5. Right-click the {folder} folder and click Properties.
- 6. Click the Custom Errors tab.
- 7. Double-click the 403.4 error code (listed as 403;4).
- 8. In the Message Type list, select URL.
- 9. In the URL field, type /owaasp/owahttps.asp
-10. Click OK.
-11. Click the Directory Security tab.
-12. Under Secure Communications, click Edit.
-13. Select the Require secure channel (SSL) check box (and Require 128-bit encryption, if clients must have it).
-    Only the {folder} folder needs this setting for OWA to require SSL. Wherever else you set it, the OWAasp folder must
-    stay without it, since the page is asked for over plain HTTP.
-14. Click OK.
-15. Click OK.
-16. At a command prompt, type: net stop iisadmin /y   (or restart the server instead)
-    Note which services it stops: with Exchange 2000, all Exchange services stop together with IIS.
-17. Start every service that was stopped.
-18. Test: http://HOST{colon_port}{path} must land on {url}
-+iis6|    On IIS 6.0 (labels not verified): the site is below Web Sites; under Web Service Extensions, allow Active
-+iis6|    Server Pages; make Owaasp an application in the application pool that the {folder} folder uses.
-""",
-    "redirect": """\
- 1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
- 2. SSL Settings: note what is set here and on every virtual directory. Here only: clear Require SSL; Actions: Apply.
-+since2016| 3. Every virtual directory that had it except owa (under Extended Protection, owa too), and what had it
-+since2016|    below owa (auth, Integrated, oma): SSL Settings, select Require SSL, Apply.
--since2016| 3. Every virtual directory that had it: SSL Settings, select Require SSL, Apply.
- 4. Default Web Site, HTTP Redirect (role service HTTP Redirection): select "Redirect requests to this destination",
-    enter {url}
-    select "Only redirect requests to content in this directory (not subdirectories)";
-    Status code: the entry with {status}; Apply.
- 5. At once, every virtual directory, PowerShell and Rpc too: HTTP Redirect, clear "Only redirect requests to content in
-    this directory (not subdirectories)" and "Redirect requests to this destination", Apply.
- 6. Select the server; Actions: Restart.
-    To take it back: clear the redirect of step 4, then set the SSL settings as noted in step 2; Restart.
-""",
-    "403.4": """\
- 1. Internet Information Services (IIS) Manager: expand the server and Sites, select Default Web Site, Features View.
- 2. SSL Settings, here and on owa: Require SSL is selected.
-+exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
-+exchange2007|    "Insert content from static file into the error response", %windir%\\owahttps\\owahttps.htm
-+exchange2007|    (a file that you make: <meta http-equiv="refresh" content="0;url={url}">)
--exchange2007| 3. Default Web Site, Error Pages; Actions: Add...; Status code: 403.4; Response Action:
--exchange2007|    "Respond with a 302 redirect", {url}
-    OK.  To take it back: remove this entry.
-""",
-}
-CMD = """\
+SITE_CMD = """\
 @echo off
-rem {what}, method {method}: {url}
-rem Nobody has run this on Windows yet: read it first. Run it on the server, in a Command Prompt as administrator.
+rem {http} to {https} by a Web site of its own.
+rem Nobody has run this on Windows yet: read it first. Run it in a Command Prompt as administrator.
 setlocal
-set "KEEP=%windir%\\owahttps"
-set "FAILED="
--article|set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
--article|set "SITE=Default Web Site"
-"""
-BEGIN_7 = (
-    CMD
-    + """\
-+redirect|set "MODULE=HttpRedirectionModule"
-+redirect|set "SECTION=system.webServer/httpRedirect"
-+redirect|set "PRESENT=enabled=.true."
-+403.4|set "MODULE=CustomErrorModule"
-+403.4|set "SECTION=system.webServer/httpErrors"
-+403.4|set "PRESENT=statusCode=.403. subStatusCode=.4."
-%APPCMD% list modules /app.name:"%SITE%/" | findstr /l /c:"%MODULE%" >nul
-if errorlevel 1 echo %MODULE% is not loaded for %SITE%.& exit /b 1
-%APPCMD% list config "%SITE%" -section:%SECTION% | findstr /i /r /c:"%PRESENT%"
-if not errorlevel 1 echo %SITE% has this already: undo that first, where it was set.& exit /b 1
-if not exist "%KEEP%" md "%KEEP%"
-rem For the last resort, appcmd restore backup "NAME", which takes back later changes too.
-%APPCMD% add backup || goto fail
-"""
-)
-END_7 = """\
-%APPCMD% list config "%SITE%" -section:%SECTION% | findstr /i /r /c:"%PRESENT%" >nul
-if errorlevel 1 echo Not in effect: a web.config in the directory of %SITE% overrides it.& exit /b 1
-echo Done. Test it from another machine. owahttps-undo.cmd takes it back.
+set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
+set "ROOT=%SystemDrive%\\inetpub\\owahttps"
+set "REDIRECT=-section:system.webServer/httpRedirect -commit:apphost -enabled:true"
+set "WHY=HTTP Redirection (Web-Http-Redirect) is not installed, or the prompt is not elevated."
+%APPCMD% list module HttpRedirectionModule >nul || goto failed
+set "WHY=The site owahttps is there already. To make it anew, run owahttps-undo.cmd first."
+%APPCMD% list site owahttps >nul && goto failed
+set "WHY=Stopped half-way. owahttps-undo.cmd takes back what was done."
+if not exist "%ROOT%" md "%ROOT%" || goto failed
+%APPCMD% add site /name:owahttps /bindings:"{bindings}" /physicalPath:"%ROOT%" || goto failed
+{settings}%APPCMD% list site owahttps
+echo It must say state:Started, else another site has the same binding. Test from another machine.
 exit /b 0
-:fail
-echo Stopped half-way. The undo script takes back what was set.
+:failed
+echo %WHY%
 exit /b 1
 """
-# IIS 5 and 6: not iisreset, which can lose metabase changes (Q286196).
-RESTART = """\
-net start > "%KEEP%\\services.txt"
-net stop iisadmin /y
-for /f "tokens=*" %%S in ('findstr /b /c:"   " "%KEEP%\\services.txt"') do net start "%%S" >nul 2>&1
-net start > "%KEEP%\\after.txt"
-for /f "tokens=*" %%S in ('findstr /b /c:"   " "%KEEP%\\services.txt"') do findstr /l /x /c:"   %%S" \
-"%KEEP%\\after.txt" >nul || (echo NOT started again: %%S& set "FAILED=1")
-if defined FAILED exit /b 1
-"""
-SCRIPT = {
-    "redirect": BEGIN_7
-    + """\
-if exist "%KEEP%\\sslflags.txt" echo %KEEP%\\sslflags.txt is there: run the undo script first.& exit /b 1
-%APPCMD% list vdir /text:vdir.name | findstr /b /i /l /c:"%SITE%/" > "%KEEP%\\vdirs.txt" || goto fail
-rem Two plain directories, which are not in that list.
-for %%D in (aspnet_client owa/auth) do >>"%KEEP%\\vdirs.txt" echo %SITE%/%%D
-for /f "usebackq delims=" %%V in ("%KEEP%\\vdirs.txt") do set "V=%%V"& call :keep || goto fail
-%APPCMD% set config "%SITE%" -section:access -sslFlags:None -commit:apphost || goto fail
-+since2016|rem Reached by plain HTTP, /owa redirects by itself. Under Extended Protection it must not be reached so.
-+since2016|%APPCMD% list config "%SITE%/owa" -section:system.webServer/security/authentication/windowsAuthentication \
-| findstr /i /r "tokenChecking=.Allow. tokenChecking=.Require."
-+since2016|if errorlevel 1 %APPCMD% set config "%SITE%/owa" -section:access -sslFlags:None -commit:apphost || goto fail
-%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:true -destination:"{url}" \
--childOnly:true -httpResponseStatus:{status_name} -commit:apphost || goto fail
-iisreset /noforce
-"""
-    + END_7
-    + """\
-rem Nail down the SSL settings a directory has now, and no redirect: then it inherits neither from the root.
-:keep
-if "%V:~-1%"=="/" set "V=%V:~0,-1%"
-set "F="
-for /f tokens^=1-4^ delims^=^" %%A in ('%APPCMD% list config "%V%" -section:access ^| findstr sslFlags') do \
-if "%%C"==" sslFlags=" (set "F=%%D") else set "F=%%B"
-if not defined F echo The SSL settings of "%V%" cannot be read.& exit /b 1
-set "F=%F: =%"
-echo "%V%": %F%
->>"%KEEP%\\sslflags.txt" echo %F%*"%V%"
-if /i "%V%"=="%SITE%" exit /b 0
-%APPCMD% set config "%V%" -section:access -sslFlags:%F% -commit:apphost || exit /b 1
-%APPCMD% list config "%V%" -section:system.webServer/httpRedirect | findstr /i /r "enabled=.true." >nul
-if not errorlevel 1 echo "%V%" has a redirect of its own: left alone.& exit /b 0
-%APPCMD% set config "%V%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost
-exit /b
-""",
-    "403.4": BEGIN_7
-    + """\
-for %%P in ("%SITE%" "%SITE%/owa") do %APPCMD% list config %%P -section:access | findstr Ssl || \
-echo %%P does not require SSL: it will not answer 403.4.
-+exchange2007|>"%KEEP%\\owahttps.htm" echo ^<meta http-equiv="refresh" content="0;url={url}"^>\
-^<a href="{url}"^>{url}^</a^>
-+exchange2007|set "PAGE=path='%KEEP%\\owahttps.htm',responseMode='File'"
--exchange2007|set "PAGE=path='{url}',responseMode='Redirect'"
-%APPCMD% set config "%SITE%" -section:%SECTION% /+"[statusCode='403',subStatusCode='4',%PAGE%]" /commit:apphost \
-|| goto fail
->"%KEEP%\\403-4.txt" echo %PAGE%
-"""
-    + END_7,
-    "article": CMD
-    + """\
-if exist "%KEEP%\\before.txt" echo %KEEP%\\before.txt is there: run the undo script first.& exit /b 1
-if not exist "%KEEP%" md "%KEEP%"
-rem The lines below that begin with ::v] are a VBScript, those with ::a] the page.
-type nul > "%KEEP%\\metabase.vbs"
-type nul > "%KEEP%\\page.asp"
-for /f "tokens=1,* delims=]" %%A in ('findstr /b /l /c:"::v]" "%~f0"') do >>"%KEEP%\\metabase.vbs" echo %%B
-for /f "tokens=1,* delims=]" %%A in ('findstr /b /l /c:"::a]" "%~f0"') do >>"%KEEP%\\page.asp" echo %%B
-cscript //nologo "%KEEP%\\metabase.vbs" set "%KEEP%\\page.asp" > "%KEEP%\\before.txt"
-type "%KEEP%\\before.txt"
-findstr /b /c:"AccessSSL=" "%KEEP%\\before.txt" >nul || (del "%KEEP%\\before.txt"& exit /b 1)
-findstr /x /c:"done" "%KEEP%\\before.txt" >nul || exit /b 1
-+iis6|cscript //nologo %windir%\\system32\\iisext.vbs /EnFile %windir%\\system32\\inetsrv\\asp.dll
-"""
-    + RESTART
-    + """\
+# A site's settings stand in <location> elements of applicationHost.config, apart from the site.
+SITE_UNDO = """\
+@echo off
+rem Deletes the site owahttps and its settings. No other site is touched.
+rem Nobody has run this on Windows yet: read it first. Run it in a Command Prompt as administrator.
+setlocal
+set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
+set "ROOT=%SystemDrive%\\inetpub\\owahttps"
+set "REDIRECT=-section:system.webServer/httpRedirect -commit:apphost"
+%APPCMD% list site >nul || goto failed
+rem What was never set cannot be cleared, and that is no failure.
+%APPCMD% clear config owahttps/.well-known %REDIRECT% >nul 2>&1
+%APPCMD% clear config owahttps/autodiscover %REDIRECT% >nul 2>&1
+%APPCMD% clear config owahttps %REDIRECT% >nul 2>&1
+%APPCMD% clear config owahttps -section:system.webServer/httpProtocol -commit:apphost >nul 2>&1
+%APPCMD% list site owahttps >nul || goto gone
+%APPCMD% delete site owahttps || goto failed
+:gone
+if exist "%ROOT%" rd "%ROOT%"
+echo There is no site owahttps.
 exit /b 0
-::v]' Merges one entry into the custom errors of the {folder} folder; the others stay as they are.
-::v]Option Explicit
-::v]Dim root, node, page, fso, list, i
-::v]Set root = GetObject("IIS://localhost/W3SVC/{site}/ROOT")
-::v]Set node = root.GetObject("IIsWebVirtualDir", "{folder}")
-::v]If WScript.Arguments(0) = "set" Then
-::v]  ' Backs up the metabase as the next version of "owahttps", saved first; see Backup/Restore Configuration in IIS.
-::v]  GetObject("IIS://localhost").Backup "owahttps", -1, 2
-::v]  list = node.HttpErrors
-::v]  WScript.Echo "AccessSSL=" & CInt(node.AccessSSL) & vbCrLf & Join(list, vbCrLf)
-::v]  Set fso = CreateObject("Scripting.FileSystemObject")
-::v]  If Not fso.FolderExists(root.Path & "\\Owaasp") Then fso.CreateFolder root.Path & "\\Owaasp"
-::v]  fso.CopyFile WScript.Arguments(1), root.Path & "\\Owaasp\\Owahttps.asp"
-::v]  On Error Resume Next
-::v]  Set page = root.GetObject("IIsWebDirectory", "Owaasp")
-::v]  If Err.Number <> 0 Then Set page = root.Create("IIsWebDirectory", "Owaasp")
-::v]  On Error GoTo 0
-::v]  page.AccessSSL = False
-::v]  page.SetInfo
-+iis6|::v]  page.AppCreate3 2, node.AppPoolId, False
-::v]  Merge "403,4,URL,/owaasp/owahttps.asp"
-::v]  node.AccessSSL = True   ' where 128-bit is required, also: node.AccessSSL128 = True
-::v]Else
-::v]  If WScript.Arguments(1) <> "none" Then Merge WScript.Arguments(1)
-::v]  If WScript.Arguments(2) = "0" Then node.AccessSSL = False
-::v]End If
-::v]node.SetInfo
-::v]WScript.Echo "done"
-::v]Sub Merge(ByVal entry)   ' in the place of 403;4, or behind the last
-::v]  list = node.HttpErrors
-::v]  For i = 0 To UBound(list)
-::v]    If Left(list(i), 6) = "403,4," Then Exit For
-::v]  Next
-::v]  If i > UBound(list) Then ReDim Preserve list(i)
-::v]  list(i) = entry
-::v]  node.Put "HttpErrors", (list)
-::v]End Sub
-{page}""",
-}
-UNDO = {
-    "redirect": CMD
-    + """\
-if not exist "%KEEP%\\sslflags.txt" echo Nothing to undo.& exit /b 1
-%APPCMD% set config "%SITE%" -section:httpRedirect -enabled:false -destination:"" -childOnly:false -commit:apphost \
-|| set "FAILED=1"
-for /f "usebackq tokens=1,* delims=*" %%A in ("%KEEP%\\sslflags.txt") do \
-%APPCMD% set config "%%~B" -section:access -sslFlags:%%A -commit:apphost || set "FAILED=1"
-if defined FAILED exit /b 1
-move /y "%KEEP%\\sslflags.txt" "%KEEP%\\sslflags.old"
-iisreset /noforce
-rem A web.config that IIS Manager (not this script) left here can freeze Outlook's Send and Receive: delete it.
-if exist "%ExchangeInstallPath%ClientAccess\\OAB\\web.config" dir "%ExchangeInstallPath%ClientAccess\\OAB\\web.config"
-""",
-    "403.4": CMD
-    + """\
-if not exist "%KEEP%\\403-4.txt" echo Nothing to undo.& exit /b 1
-+exchange2007|set "OURS=owahttps.htm"
--exchange2007|set "OURS={url}"
-%APPCMD% list config "%SITE%" -section:system.webServer/httpErrors | findstr /i /l /c:"%OURS%" >nul
-if errorlevel 1 del "%KEEP%\\403-4.txt"& echo Another entry, or none, is in its place: left alone.& exit /b 1
-%APPCMD% set config "%SITE%" -section:system.webServer/httpErrors /-"[statusCode='403',subStatusCode='4']" \
-/commit:apphost || exit /b 1
-del "%KEEP%\\403-4.txt"
-""",
-    "article": CMD
-    + """\
-if not exist "%KEEP%\\before.txt" echo Nothing to undo.& exit /b 1
-set "SSL=1"
-findstr /x /c:"AccessSSL=0" "%KEEP%\\before.txt" >nul && set "SSL=0"
-set "WAS=none"
-for /f "delims=" %%E in ('findstr /b /c:"403,4," "%KEEP%\\before.txt"') do set "WAS=%%E"
-if "%WAS%"=="none" echo There was no 403;4 before: set it to Default in Custom Errors.
-cscript //nologo "%KEEP%\\metabase.vbs" undo "%WAS%" %SSL% | findstr /x /c:"done" || exit /b 1
-move /y "%KEEP%\\before.txt" "%KEEP%\\before.old"
-rem The Owaasp directory stays, and so does the permission to run ASP.
+:failed
+echo That failed. Is this a Command Prompt as administrator?
+exit /b 1
 """
-    + RESTART,
-}
-VERIFY = """\
-+redirect|Right is: http://{host}/ is ok; where {path} keeps Require SSL, it and the deep link are iis-403.4.
-From another machine: python3 owahttps.py check {host}{colon_port}{check_options}
-+article|By https, as before: Public, OMA, ActiveSync, Exchange System Manager.
--article|By https, as before: OWA, ECP, EWS, ActiveSync, OAB, Autodiscover, Outlook, and the Exchange Management Shell
--article|(PowerShell).
-"""
-STATUS_NAMES = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
 
 
-def exchange_recipe(
-    name: str, rule: RedirectRule, http_port: int, method: str = "", site: int = 0
-) -> List[Part]:
-    """The recipe of one Exchange: the article's for IIS 5 and 6, where `site` is the site's number in the metabase; for
-    later ones by `method`, "redirect" or "" (Microsoft's procedure) or "403.4" (what became of the article's)."""
-    what, peculiar = EXCHANGE[name]
-    folder = rule.path.split("/")[1]
-    _refuse(
-        name,
-        (not folder, "needs a virtual directory in --path, such as /owa: / would lead to itself"),
-    )
-    page = ""
-    if "article" in peculiar:
-        _refuse(name, (method, "has one method, the article's: it takes no --method"))
-        method, page = "article", asp_page(rule, http_port)
+def site_names(rule: RedirectRule) -> Tuple[str, ...]:
+    """Return the names that the site is bound to."""
+    return rule.allow_hosts or (rule.host,)
+
+
+def refuse_what_iis_cannot(recipe: str, rule: RedirectRule) -> None:
+    """Raise RuleError if a site of its own cannot do what the rule wants."""
+    if not rule.host:
+        raise RuleError(f"{recipe} needs --host: the site is bound to that name")
+    for name in site_names(rule):
+        if name.startswith("[") or name.replace(".", "").isdigit():
+            raise RuleError(f"{recipe} needs names: IIS binds no site to the host name {name}")
+    if rule.health:
+        raise RuleError(f"{recipe} cannot do --health: the site answers every path with a redirect")
+    if rule.acme_dir:
+        raise RuleError(f"{recipe} cannot do --acme-dir: win-acme answers by a listener of its own")
+    if rule.api:
+        raise RuleError(f"{recipe} cannot do --api: IIS's redirect does not send 403")
+
+
+def site_redirects(rule: RedirectRule) -> List[Tuple[str, str, bool]]:
+    """Return where in the site a redirect is set, its destination, and whether that is exact.
+
+    If it is not, IIS appends what the request's path has below the place.
+    """
+    origin = "https://" + rule.authority("")
+    if rule.keep_path:
+        return [("owahttps", origin, False)]
+    redirects = [("owahttps", origin + rule.path, True)]
+    for folder in IIS_MACHINE_FOLDERS:
+        redirects.append((f"owahttps/{folder}", f"{origin}/{folder}", False))
+    return redirects
+
+
+def site_notes(recipe: str, rule: RedirectRule) -> str:
+    """Return what the site does, and when not to use it."""
+    others = '"Exchange Back End"' if recipe == "exchange" else "the other sites"
+    names = " and ".join(site_names(rule))
+    about = [
+        f"A Web site of its own redirects {names}.",
+        f'"Default Web Site" and {others} are left alone: IIS gives a request to the binding that'
+        ' names its host, before those for any host (Microsoft Learn, "UrlPrefix Strings").',
+    ]
+    notes = []
+    if recipe == "exchange":
+        notes = [
+            "Microsoft's own procedure is another: it redirects the existing site, and takes that"
+            " back in each virtual directory. Here no setting of Exchange changes, so no update"
+            " undoes it.",
+            "Not for a name that programs still ask for in clear: the server's own FQDN (the"
+            " Exchange Management Shell opens http://FQDN/PowerShell), or the OAB's InternalUrl of"
+            " 2007 and 2010.",
+        ]
+    notes += [
+        "Click the steps or run owahttps.cmd, not both. Nobody has run either on Windows yet.",
+        "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
+        "The role service HTTP Redirection (Web-Http-Redirect) must be installed.",
+        "Names that are not listed, and addresses, stay where they are.",
+    ]
+    if rule.keep_path:
+        notes.append("IIS appends path and query. Whether byte for byte was not verified.")
     else:
-        method = method or "redirect"
-        _refuse(
-            name,
-            (not rule.host, "redirects to an absolute address: give --host"),
-            (rule.keep_path, "redirects to one fixed address: it cannot do --keep-path"),
-            (
-                rule.allow_hosts or rule.health or rule.acme_dir,
-                "cannot do --allow-host, --health or --acme-dir",
-            ),
-            (http_port != 80, "is for port 80"),
-            (site, "takes no --site: that is for IIS 5 and 6"),
-            (rule.status != 302 and method == "403.4", "with method 403.4 has status 302 alone"),
-            (
-                rule.status == 308 and "until2013" in peculiar,
-                "has no status 308: that needs IIS 10",
-            ),
+        notes.append(
+            "/.well-known/ and /autodiscover/ keep their paths: certificate authorities and Outlook"
+            " need that. The suffix that IIS appends there was not verified."
         )
-    marks = [name, method, str(rule.status)] + peculiar.split()
-    values = dict(
-        rule._asdict(),
-        what=what,
-        method=method,
-        http_port=http_port,
-        site=site or 1,
-        host=rule.host or "HOST",
-        url=rule.location("SERVER_NAME", "/"),
-        folder="Exchange" if folder == "exchange" else folder,
-        status_name=STATUS_NAMES[rule.status],
-        page="".join("::a]%s\n" % line for line in page.splitlines()),
-        check_options=command_options(rule),
-        colon_port="" if http_port == 80 else ":%d" % http_port,
+    if rule.status == 308:
+        notes.append("Status 308 needs IIS 10 (Windows Server 2016).")
+    if rule.status in (307, 308):
+        notes.append("Outlook's Autodiscover is documented to follow 301 and 302 only.")
+    return "".join(map(wrapped, about)) + bullets(notes)
+
+
+def numbered(steps: Iterable[str]) -> str:
+    """Return steps with their numbers; a step may have several lines."""
+    indented = (step.replace("\n", "\n    ") for step in steps)
+    return "".join(f"{number:2}. {step}\n" for number, step in enumerate(indented, 1))
+
+
+def site_steps(rule: RedirectRule, port: int) -> str:
+    """Return the clicks in IIS Manager that make the site."""
+    first, *others = site_names(rule)
+    folder = "C:\\inetpub\\owahttps"
+    folders = folder
+    if not rule.keep_path:
+        folders = " ".join(f"{folder}\\{name}" for name in IIS_MACHINE_FOLDERS)
+    steps = [
+        f"At a command prompt, type: md {folders}",
+        "Open Internet Information Services (IIS) Manager and expand the server.",
+        "Right-click Sites and click Add Website (IIS 7: Add Web Site).",
+        f"Site name: owahttps. Physical path: {folder}. Type: http. Port: {port}.\n"
+        f"Host name: {first}. Click OK.",
+    ]
+    for name in others:
+        steps.append(
+            f"Right-click the site owahttps, click Edit Bindings, then Add.\n"
+            f"Type: http. Port: {port}. Host name: {name}. Click OK."
+        )
+    for place, destination, exact in site_redirects(rule):
+        tick = "Select" if exact else "Clear"
+        steps.append(
+            f"Select {place} and double-click HTTP Redirect.\n"
+            f'Select "Redirect requests to this destination" and type {destination}\n'
+            f'{tick} "Redirect all requests to exact destination (instead of relative to'
+            f' destination)".\n'
+            f"Status code: {rule.status}. Click Apply."
+        )
+    return numbered(steps) + SITE_CLICKS_UNDO
+
+
+def site_script(rule: RedirectRule, port: int) -> str:
+    """Return owahttps.cmd, which does the same by appcmd."""
+    settings = ""
+    for place, destination, exact in site_redirects(rule):
+        settings += (
+            f"%APPCMD% set config {place} %REDIRECT% -httpResponseStatus:{IIS_STATUS[rule.status]}"
+            f' -exactDestination:{str(exact).lower()} -destination:"{destination}" || goto failed\n'
+        )
+    if rule.status in (301, 308):
+        settings += (
+            "%APPCMD% set config owahttps -section:system.webServer/httpProtocol -commit:apphost"
+            " /+\"redirectHeaders.[name='Cache-Control',value='max-age=86400']\" || goto failed\n"
+        )
+    return SITE_CMD.format(
+        http=f"http://{with_port(rule.host, port, 80)}/",
+        https=rule.location(rule.host, "/"),
+        bindings=",".join(f"http/*:{port}:{name}" for name in site_names(rule)),
+        settings=settings,
     )
-    parts = [Part("asp", page, "Owahttps.asp")] if page else []
-    for part, text, file in (
-        ("about", ABOUT, ""),
-        ("steps", STEPS[method], ""),
-        ("verify", VERIFY, ""),
-        ("script", SCRIPT[method], "owahttps.cmd"),
-        ("undo", UNDO[method], "owahttps-undo.cmd"),
-    ):
-        parts.append(Part(part, _fill(text, marks, values), file))
-    return parts
 
 
-# The other servers: what a Host may be there (an address is not looked at closely), the ACME paths, and a token's path.
-HOST_PATTERN = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
-ACME_PATTERN = ACME_PREFIX.replace(".", r"\.")
-TOKEN_PATTERN = "^%s([A-Za-z0-9_-]+)$" % ACME_PATTERN
-NGINX = """\
-# /etc/nginx/conf.d/owahttps.conf; then: nginx -t && systemctl reload nginx
-# Let no other default_server be left: rm /etc/nginx/sites-enabled/default
-server {{
-    listen {port} default_server;
-    listen [::]:{port} default_server;
-    # No server_name: it would become the $host of a request without one.
-+health|    location = {health} {{ return 200; }}
-+acme_dir|    location ~ "{token}" {{ disable_symlinks on "from={acme_dir}"; alias "{acme_dir}/$1"; }}
-    location / {{
-        # $host is in lower case, without port and last dot, but nginx lets @ # ? % and the like pass.
-        if ($host !~ "^({names}){optional}$") {{ return {refusal}; }}
-        # A proxy that already speaks HTTPS: a redirect would loop.
-        if ($http_x_forwarded_proto ~* ^https) {{ return 421; }}
-+acme_path|        if ($request_uri ~ ^{acme}) {{ return {status} {origin}$request_uri; }}
-+keep_path|        return {status} {origin}$request_uri;
--keep_path|        return {status} {origin}{path};
-    }}
-}}
-"""
-APACHE = """\
-# /etc/apache2/sites-available/owahttps.conf; then: a2enmod rewrite; a2ensite owahttps; systemctl reload apache2
-# Let no other default site be left: a2dissite 000-default
-+listen|Listen {port}
-<VirtualHost *:{port}>
-    # Else %2F is 404.
-    AllowEncodedSlashes NoDecode
-    RewriteEngine on
-    RewriteCond %{{REQUEST_METHOD}} ^(CONNECT|TRACE)$
-    RewriteRule ^ - [R=405]
-+health|    ErrorDocument 200 "OK"
-+health|    RewriteRule ^{health}$ - [R=200]
-+acme_dir|    RewriteRule {token} "{acme_dir}/$1" [L]
-+acme_dir|    <Directory "{acme_dir}">
-+acme_dir|        Options None
-+acme_dir|        Require all granted
-+acme_dir|    </Directory>
-    # A proxy that already speaks HTTPS: a redirect would loop.
-    RewriteCond %{{HTTP:X-Forwarded-Proto}} ^https [NC]
-    RewriteRule ^ - [R=421]
-    RewriteCond %{{HTTP_HOST}} !^({names}){optional}\\.?(:[0-9]+)?$ [NC]
-    RewriteRule ^ - [R={refusal}]
-    # SERVER_NAME is the Host in lower case, without port and last dot; THE_REQUEST is never decoded.
-+keep_path|    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?(/[^? ]*)?" [NC]
-+keep_path|    RewriteRule ^ {origin}%1 [NE,L,R={status}]
-+acme_path|    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({acme}[^? ]*)" [NC]
-+acme_path|    RewriteRule ^ {origin}%1 [NE,L,R={status}]
--keep_path|    RewriteRule ^ {origin}{path} [QSD,L,R={status}]
-</VirtualHost>
-"""
-HAPROXY = """\
-# /etc/haproxy/haproxy.cfg (where there is one already, add the frontend alone); then: systemctl reload haproxy
-global
-    user haproxy
-    group haproxy
-frontend owahttps
-    bind *:{port},:::{port} v6only
-    mode http
-    timeout client 10s
-    log stdout format raw daemon
-    option httplog
-+health|    monitor-uri {health}
-    http-request deny deny_status 405 if METH_CONNECT or METH_TRACE
-    # A proxy that already speaks HTTPS: a redirect would loop.
-    http-request deny deny_status 421 if {{ req.hdr(x-forwarded-proto) -i -m beg https }}
-    # In lower case, without port and last dot; the rest of Host is as it came.
-    http-request set-var(txn.host) req.fhdr(host),lower,regsub(:[0-9]+$,),regsub(\\.$,)
-    http-request deny deny_status {refusal} unless {{ var(txn.host) -m reg '^({names})$' }}
-    http-request deny deny_status 400 unless {{ path_beg / }}
-+acme_path|    http-request redirect code {status} location {origin}%[pathq] if {{ path_beg {acme_prefix} }}
-+keep_path|    http-request redirect code {status} location {origin}%[pathq]
--keep_path|    http-request redirect code {status} location {origin}{path}
-"""
-CADDY = """\
-# /etc/caddy/Caddyfile; then: systemctl reload caddy
-http://:{port} {{
-\tlog
-\t# In this order:
-\troute {{
-\t\t@never method CONNECT TRACE
-\t\trespond @never 405
-\t\t# "x:@evil" is a target too, and {{uri}} would put it behind the host.
-\t\t@target not expression `{{http.request.uri}}.startsWith("/")`
-\t\trespond @target 400
-+health|\t\trespond {health} 200
-+acme_dir|\t\t@acme path_regexp acme `{token}`
-+acme_dir|\t\thandle @acme {{
-+acme_dir|\t\t\troot * "{acme_dir}"
-+acme_dir|\t\t\trewrite * /{{re.acme.1}}
-+acme_dir|\t\t\tfile_server
-+acme_dir|\t\t}}
-\t\t# A proxy that already speaks HTTPS: a redirect would loop.
-\t\t@loop header_regexp X-Forwarded-Proto (?i)^https
-\t\trespond @loop 421
-\t\t# Not {{host}}: it has no brackets round IPv6 and may hold @ # ? %
-\t\t@host header_regexp host Host `(?i)^({names})\\.?(:[0-9]+)?$`
-\t\troute @host {{
-+acme_path|\t\t\tredir {acme_prefix}* {origin}{{uri}} {status}
-+keep_path|\t\t\tredir {origin}{{uri}} {status}
--keep_path|\t\t\tredir {origin}{path} {status}
-\t\t}}
-\t\trespond {refusal}
-\t}}
-}}
-"""
-SYSTEMD = """\
-# /etc/systemd/system/owahttps.service; copy owahttps.py to /usr/local/bin, then: systemctl enable --now owahttps
+def site_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
+    """Return the parts of a recipe for IIS 7 and later, `exchange` or `iis`."""
+    refuse_what_iis_cannot(recipe, rule)
+    machine = f"http://{with_port(rule.host, port, 80)}/autodiscover/autodiscover.xml"
+    target = rule.location(rule.host, "/autodiscover/autodiscover.xml")
+    verify = f"From another machine: {check_command(rule, port)}\n"
+    verify += f"Also: curl -I {machine}\n"
+    verify += f"      Location must be {target}\n"
+    if recipe == "exchange":
+        verify += "As before: OWA, ECP, EWS, ActiveSync, OAB, Outlook, Exchange Management Shell.\n"
+    return [
+        Part("notes", site_notes(recipe, rule)),
+        Part("steps", site_steps(rule, port)),
+        Part("script", site_script(rule, port), "owahttps.cmd"),
+        Part("undo", SITE_UNDO, "owahttps-undo.cmd"),
+        Part("verify", verify),
+    ]
+
+
+# The other servers.  Each has a function that yields the lines of its configuration.
+
+# What a Host may be.  Whether an address is one is not looked at: 1::2::3 passes.
+ANY_HOST = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
+MACHINE_PATTERN = r"/(?:\.well-known|autodiscover)/"
+ACME_PATTERN = r"^/\.well-known/acme-challenge/([A-Za-z0-9_-]+)$"
+# LOOP_SIGNS, in terms that all these servers have.
+PROXY_FIELDS = {
+    "X-Forwarded-Proto": "^(https|wss)",
+    "Front-End-Https": "^on$",
+    "X-Forwarded-Ssl": "^on$",
+    "Forwarded": "^[^,]*proto=.?(https|wss)",
+    "CloudFront-Forwarded-Proto": "^https$",
+    "X-ARR-SSL": ".",
+}
+
+# Comments that several configurations have.
+LOOPS = "# A proxy that already speaks HTTPS: a redirect would loop."
+NO_REDIRECT = "# No redirect: a client of an API would send its secret in clear each time."
+LAYOUTS = "# TOKEN in the folder, or .well-known/acme-challenge/TOKEN as of certbot --webroot."
+A_DAY = "# Else browsers keep it for ever, also when it was wrong."
+
+
+def allowed_names(rule: RedirectRule) -> str:
+    """Return a regular expression for the names of --allow-host."""
+    return "|".join(map(re.escape, rule.allow_hosts))
+
+
+def missing_host(rule: RedirectRule) -> str:
+    """Return "?" where a request of HTTP/1.0 without a Host leads to the fixed one."""
+    return "?" if rule.host else ""
+
+
+def api_pattern(path: str) -> str:
+    """Return a regular expression for a path and all below it."""
+    return f"^{re.escape(path)}(?:/|$)"
+
+
+def nginx_exceptions(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines for paths that are not redirected."""
+    if rule.health:
+        yield f"    location = {rule.health} {{ return 200; }}"
+    if rule.api:
+        yield f"    {NO_REDIRECT}"
+    for path in rule.api:
+        yield f'    location ~* "{api_pattern(path)}" {{ return 403; }}'
+    if rule.acme_dir:
+        yield f"    {LAYOUTS}"
+        yield f'    location ~ "{ACME_PATTERN}" {{'
+        yield f'        disable_symlinks on "from={rule.acme_dir}";'
+        yield f'        root "{rule.acme_dir}";'
+        yield "        try_files /$1 $uri =404;"
+        yield "    }"
+
+
+def nginx_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+    origin = "https://" + rule.authority("$host")
+    yield "# Delete other default servers of this port, such as /etc/nginx/sites-enabled/default."
+    yield "server {"
+    yield f"    listen {port} default_server;"
+    yield "    # Delete this line where IPv6 is off:"
+    yield f"    listen [::]:{port} default_server;"
+    yield "    # There is no server_name: it would be the $host of a request without one."
+    yield from nginx_exceptions(rule)
+    yield "    location / {"
+    yield "        # $host has no port and no capitals, but nginx lets @ # ? % and the like pass."
+    missing = missing_host(rule)
+    yield f'        if ($host !~ "^({ANY_HOST}){missing}$") {{ return 400; }}'
+    yield "        # $host ends at the first colon: what comes then is a port, or invalid."
+    yield '        if ($http_host !~ "^([^:]*|\\[[^]]*])(:[0-9]*)?$") { return 400; }'
+    if rule.allow_hosts:
+        yield f'        if ($host !~ "^({allowed_names(rule)}){missing}$") {{ return 421; }}'
+    yield f"        {LOOPS}"
+    for field, pattern in PROXY_FIELDS.items():
+        variable = "$http_" + field.lower().replace("-", "_")
+        yield f'        if ({variable} ~* "{pattern}") {{ return 421; }}'
+    if rule.status in (301, 308):
+        yield f"        {A_DAY}"
+        yield "        add_header Cache-Control max-age=86400;"
+    if rule.keep_path:
+        yield f"        return {rule.status} {origin}$request_uri;"
+    else:
+        yield f'        if ($request_uri ~* "^{MACHINE_PATTERN}") {{'
+        yield f"            return {rule.status} {origin}$request_uri;"
+        yield "        }"
+        yield f"        return {rule.status} {origin}{rule.path};"
+    yield "    }"
+    yield "}"
+
+
+def apache_exceptions(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines for paths that are not redirected."""
+    if rule.health:
+        yield '    ErrorDocument 200 "OK"'
+        yield f"    RewriteRule ^{re.escape(rule.health)}$ - [R=200]"
+    if rule.api:
+        yield f"    {NO_REDIRECT}"
+    for path in rule.api:
+        yield f'    RewriteRule "{api_pattern(path)}" - [NC,F]'
+    if rule.acme_dir:
+        yield f"    {LAYOUTS}"
+        yield f'    RewriteCond "{rule.acme_dir}/$1" -f'
+        yield f'    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}/$1" [L]'
+        yield f'    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}$0" [L]'
+        yield f'    <Directory "{rule.acme_dir}">'
+        yield "        Options None"
+        yield "        Require all granted"
+        yield "    </Directory>"
+
+
+def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+    origin = "https://" + rule.authority("%{SERVER_NAME}")
+    yield "# No other site of this port may sort before it: a2dissite 000-default"
+    if port != 80:
+        yield f"Listen {port}"
+    yield f"<VirtualHost *:{port}>"
+    yield "    # SERVER_NAME is the Host then: in lower case, without port and last dot."
+    yield "    UseCanonicalName Off"
+    yield "    # Else %2F is 404."
+    yield "    AllowEncodedSlashes NoDecode"
+    if rule.status in (301, 308):
+        yield f"    {A_DAY}"
+        when = f"expr=%{{REQUEST_STATUS}} == {rule.status}"
+        yield f'    Header always set Cache-Control max-age=86400 "{when}"'
+    yield "    RewriteEngine on"
+    yield "    RewriteCond %{REQUEST_METHOD} ^(CONNECT|TRACE)$"
+    yield "    RewriteRule ^ - [R=405]"
+    yield from apache_exceptions(rule)
+    yield f"    {LOOPS}"
+    for field, pattern in PROXY_FIELDS.items():
+        yield f'    SetEnvIfNoCase {field} "{pattern}" loop'
+    yield "    RewriteCond %{ENV:loop} ."
+    yield "    RewriteRule ^ - [R=421]"
+    rest = missing_host(rule) + r"\.?(:[0-9]*)?$"
+    yield f'    RewriteCond %{{HTTP_HOST}} "!^({ANY_HOST}){rest}" [NC]'
+    yield "    RewriteRule ^ - [R=400]"
+    if rule.allow_hosts:
+        yield f'    RewriteCond %{{HTTP_HOST}} "!^({allowed_names(rule)}){rest}" [NC]'
+        yield "    RewriteRule ^ - [R=421]"
+    kept = "/" if rule.keep_path else MACHINE_PATTERN
+    yield "    # THE_REQUEST is as it came, never decoded. Apache appends the query."
+    yield f'    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({kept}[^? ]*)" [NC]'
+    yield f"    RewriteRule ^ {origin}%1 [NE,L,R={rule.status}]"
+    if not rule.keep_path:
+        yield f"    RewriteRule ^ {origin}{rule.path} [QSD,L,R={rule.status}]"
+    yield "</VirtualHost>"
+
+
+def haproxy_exceptions(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines for paths that are not redirected."""
+    if rule.health:
+        yield f"    monitor-uri {rule.health}"
+    if rule.api:
+        yield f"    {NO_REDIRECT}"
+    for path in rule.api:
+        below = f"{{ path,url_dec -i -m reg '{api_pattern(path)}' }}"
+        yield f"    http-request deny deny_status 403 if {below}"
+
+
+def haproxy_host(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines that set txn.host to the server name, or refuse the request."""
+    yield "    # In lower case, without port and last dot; the rest of Host is as it came."
+    yield "    http-request set-var(txn.host) req.fhdr(host),lower,regsub(:[0-9]*$,),regsub(\\.$,)"
+    valid = f"{{ var(txn.host) -m reg '^({ANY_HOST})$' }}"
+    yield f"    http-request deny deny_status 400 unless {valid}"
+    if rule.allow_hosts:
+        allowed = f"{{ var(txn.host) -m str {' '.join(rule.allow_hosts)} }}"
+        yield f"    http-request deny deny_status 421 unless {allowed}"
+
+
+def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+    origin = "https://" + rule.authority("%[var(txn.host)]")
+    yield "# Where you have one already, add only the frontend to it."
+    yield "global"
+    yield "    user haproxy"
+    yield "    group haproxy"
+    yield "frontend owahttps"
+    yield f"    bind *:{port}"
+    yield "    # Delete this line where IPv6 is off:"
+    yield f"    bind :::{port} v6only"
+    yield "    mode http"
+    yield "    # One for silence, one for a whole head."
+    yield "    timeout client 10s"
+    yield "    timeout http-request 10s"
+    yield "    # HAProxy 2.6 takes a Content-Length of 2 ** 64 for 0, and the body for a request."
+    yield "    option httpclose"
+    yield "    log stdout format raw daemon"
+    yield "    option httplog"
+    yield "    http-request deny deny_status 405 if METH_CONNECT or METH_TRACE"
+    yield from haproxy_exceptions(rule)
+    yield f"    {LOOPS}"
+    for field, pattern in PROXY_FIELDS.items():
+        yield f"    acl loop req.fhdr({field}) -i -m reg '{pattern}'"
+    yield "    http-request deny deny_status 421 if loop"
+    yield from haproxy_host(rule)
+    yield "    http-request deny deny_status 400 unless { path_beg / }"
+    if rule.status in (301, 308):
+        yield f"    {A_DAY}"
+        when = f"{{ status {rule.status} }}"
+        yield f"    http-after-response set-header Cache-Control max-age=86400 if {when}"
+    redirect = f"    http-request redirect code {rule.status} location {origin}"
+    if rule.keep_path:
+        yield f"{redirect}%[pathq]"
+    else:
+        yield f"{redirect}%[pathq] if {{ path -i -m beg /.well-known/ /autodiscover/ }}"
+        yield f"{redirect}{rule.path}"
+
+
+def caddy_exceptions(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines for paths that are not redirected."""
+    if rule.health:
+        yield f"\t\trespond {rule.health} 200"
+    if rule.api:
+        yield f"\t\t{NO_REDIRECT}"
+    for path in rule.api:
+        yield f"\t\trespond {path} 403"
+        yield f"\t\trespond {path}/* 403"
+    if rule.acme_dir:
+        # Where try_files finds no file, the path stays: that of the other layout.
+        yield f"\t\t{LAYOUTS}"
+        yield f"\t\t@acme path_regexp acme `{ACME_PATTERN}`"
+        yield "\t\thandle @acme {"
+        yield f'\t\t\troot * "{rule.acme_dir}"'
+        yield "\t\t\ttry_files /{re.acme.1}"
+        yield "\t\t\tfile_server"
+        yield "\t\t}"
+
+
+def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+    origin = "https://" + rule.authority("{re.host.1}")
+    yield f"http://:{port} {{"
+    yield "\tlog"
+    yield "\t# In this order:"
+    yield "\troute {"
+    yield "\t\t@never method CONNECT TRACE"
+    yield "\t\trespond @never 405"
+    yield '\t\t# "x:@evil" is a target too, and {uri} would put it behind the host.'
+    yield '\t\t@target not expression `{http.request.uri}.startsWith("/")`'
+    yield "\t\trespond @target 400"
+    yield from caddy_exceptions(rule)
+    yield f"\t\t{LOOPS}"
+    for field, pattern in PROXY_FIELDS.items():
+        yield f"\t\t@{field} header_regexp {field} `(?i){pattern}`"
+        yield f"\t\trespond @{field} 421"
+    yield "\t\t# Not {host}: it has no brackets round IPv6 and may hold @ # ? %"
+    rest = r"\.?(:[0-9]*)?$"
+    yield f"\t\t@host header_regexp host Host `(?i)^({allowed_names(rule) or ANY_HOST}){rest}`"
+    yield "\t\troute @host {"
+    if rule.status in (301, 308):
+        yield f"\t\t\t{A_DAY}"
+        yield "\t\t\theader Cache-Control max-age=86400"
+    if rule.keep_path:
+        yield f"\t\t\tredir {origin}{{uri}} {rule.status}"
+    else:
+        for folder in "/.well-known/*", "/autodiscover/*":
+            yield f"\t\t\tredir {folder} {origin}{{uri}} {rule.status}"
+        yield f"\t\t\tredir {origin}{rule.path} {rule.status}"
+    yield "\t\t}"
+    if rule.allow_hosts:
+        yield f"\t\t@valid header_regexp Host `(?i)^({ANY_HOST}){rest}`"
+        yield "\t\trespond @valid 421"
+    yield "\t\trespond 400"
+    yield "\t}"
+    yield "}"
+
+
+SYSTEMD_UNIT = """\
 [Unit]
 Description=Redirect from plain HTTP to HTTPS
 After=network.target
 
 [Service]
 ExecStart=/usr/bin/python3 -I /usr/local/bin/owahttps.py serve --port {port}{options}
-Restart=on-failure
+# It exits with 0 on SIGHUP too, which some log rotations send.
+Restart=always
 # This implies ProtectSystem=strict, NoNewPrivileges, RestrictSUIDSGID, PrivateTmp and RemoveIPC.
 DynamicUser=yes
 AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
-LimitNOFILE=16416
+# One for each connection, and {spare} more.
+LimitNOFILE={files}
 UMask=0077
 LockPersonality=yes
 MemoryDenyWriteExecute=yes
@@ -2436,52 +2567,96 @@ SystemCallFilter=~@privileged
 [Install]
 WantedBy=multi-user.target
 """
-# What it is, its configuration, the file it goes into, and what the server calls the requested name.
+
+
+def systemd_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+    spare = 64
+    yield SYSTEMD_UNIT.format(
+        port=port,
+        options=command_options(rule),
+        spare=spare,
+        files=16384 + spare,
+    ).rstrip("\n")
+
+
+class Server(NamedTuple):
+    """Another server: what it is, where its file goes, what comes then, and its lines."""
+
+    what: str
+    place: str
+    then: str
+    lines: Callable[[RedirectRule, int], Iterator[str]]
+
+
 SERVERS = {
-    "nginx": ("nginx 1.18 or newer", NGINX, "owahttps.conf", "$host"),
-    "apache": ("Apache httpd 2.4", APACHE, "owahttps.conf", "%{SERVER_NAME}"),
-    "haproxy": ("HAProxy 2.2 or newer", HAPROXY, "haproxy.cfg", "%[var(txn.host)]"),
-    "caddy": ("Caddy 2.4 or newer", CADDY, "Caddyfile", "{re.host.1}"),
-    "systemd": ("a hardened systemd unit for owahttps.py serve", SYSTEMD, "owahttps.service", ""),
+    "nginx": Server(
+        "nginx 1.18 or newer",
+        "/etc/nginx/conf.d/owahttps.conf",
+        "nginx -t && systemctl reload nginx",
+        nginx_lines,
+    ),
+    "apache": Server(
+        "Apache httpd 2.4",
+        "/etc/apache2/sites-available/000-owahttps.conf",
+        "a2enmod rewrite headers && a2ensite 000-owahttps && systemctl reload apache2",
+        apache_lines,
+    ),
+    "haproxy": Server(
+        "HAProxy 2.2 or newer",
+        "/etc/haproxy/haproxy.cfg",
+        "haproxy -c -f /etc/haproxy/haproxy.cfg && systemctl reload haproxy",
+        haproxy_lines,
+    ),
+    "caddy": Server(
+        "Caddy 2.4 or newer",
+        "/etc/caddy/Caddyfile",
+        "systemctl reload caddy",
+        caddy_lines,
+    ),
+    "systemd": Server(
+        "a hardened systemd unit for owahttps.py serve",
+        "/etc/systemd/system/owahttps.service",
+        "systemctl daemon-reload && systemctl enable --now owahttps",
+        systemd_lines,
+    ),
 }
 
 
-def server_recipe(name: str, rule: RedirectRule, http_port: int) -> List[Part]:
-    """The recipe of another server; the fields that a rule has are the marks of its lines."""
-    _, template, file, requested = SERVERS[name]
-    _refuse(
-        "--acme-dir %a:" % rule.acme_dir,
-        (
-            rule.acme_dir and name == "haproxy",
-            "HAProxy serves no files: serve the tokens on the HTTPS side",
-        ),
-        (
-            not re.fullmatch(r"(/[A-Za-z0-9._~/-]*)?", rule.acme_dir),
-            "a recipe takes an absolute folder of A-Z a-z 0-9 . _ ~ - /",
-        ),
-    )
-    fields = rule._asdict()
-    marks = {field for field in fields if fields[field]}
-    if http_port != 80:
-        marks.add("listen")
-    if not (rule.keep_path or rule.acme_dir):
-        marks.add("acme_path")
-    values = dict(
-        fields,
-        port=http_port,
-        names="|".join(map(re.escape, rule.allow_hosts)) or HOST_PATTERN,
-        refusal=421 if rule.allow_hosts else 400,
-        optional="?" if rule.host else "",
-        acme_prefix=ACME_PREFIX,
-        acme=ACME_PATTERN,
-        token=TOKEN_PATTERN,
-        origin="https://" + rule.authority(requested),
-        options=command_options(rule),
-    )
-    return [Part("file", _fill(template, marks, values), file)]
+def server_recipe(name: str, rule: RedirectRule, port: int) -> List[Part]:
+    """Return the recipe of another server: one file."""
+    server = SERVERS[name]
+    if rule.acme_dir and name == "haproxy":
+        raise RuleError("haproxy cannot do --acme-dir: it serves no files")
+    if rule.acme_dir and not RULE_PATH.fullmatch(rule.acme_dir):
+        raise RuleError(
+            f"--acme-dir {rule.acme_dir!a} is not an absolute folder of A-Z a-z 0-9 . _ ~ - /"
+        )
+    header = f"# {server.place}; then: {server.then}"
+    if name in ("haproxy", "caddy"):
+        # Debian ships a file of that name.
+        header = f"# In place of {server.place}; then: {server.then}"
+    lines = [header, *server.lines(rule, port)]
+    return [Part("file", "\n".join(lines) + "\n", server.place.rpartition("/")[2])]
 
 
-RECIPES = {name: row[0] for table in (EXCHANGE, SERVERS) for name, row in table.items()}
+RECIPES = {
+    "exchange2000": "Exchange 2000 on IIS 5.0: Microsoft's article Q279681",
+    "exchange2003": "Exchange 2003 on IIS 6.0: the same method",
+    "exchange": "Exchange 2007 to SE: a Web site of its own",
+    "iis": "any other application on IIS 7 and later: the same",
+}
+RECIPES.update((name, server.what) for name, server in SERVERS.items())
+
+
+def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
+    """Return the parts of this recipe; RuleError where it cannot express the rule."""
+    if recipe == "exchange2000":
+        return article_recipe(2000, rule, port)
+    if recipe == "exchange2003":
+        return article_recipe(2003, rule, port)
+    if recipe in SERVERS:
+        return server_recipe(recipe, rule, port)
+    return site_recipe(recipe, rule, port)
 
 
 # ---- The check -------------------------------------------------------------------------------------------------------
@@ -3326,77 +3501,118 @@ def command_serve(args: argparse.Namespace) -> int:
 
 def add_generate_arguments(parser: Any) -> None:
     parser.add_argument(
-        "recipe", nargs="?", default="exchange2000", metavar="RECIPE", choices=list(RECIPES)
+        "recipe",
+        nargs="?",
+        default="exchange2000",
+        metavar="RECIPE",
+        help="one of those that --list shows (default: exchange2000)",
     )
-    for option in ("--list", "--asp", "--steps", "--script", "--undo"):
-        parser.add_argument(option, action="store_true")
-    parser.add_argument("--write", default="", metavar="DIR")
-    parser.add_argument("--method", default="")
-    parser.add_argument("--site", type=int, default=0)
-    parser.add_argument("--http-port", type=number(1, 65535), default=80)
+    parser.add_argument("--list", action="store_true", help="list the recipes")
+    parser.add_argument(
+        "--part", default="", metavar="PART", help="only this part, such as asp, steps or script"
+    )
+    parser.add_argument(
+        "--write", default="", metavar="DIR", help="write the files and the steps into this folder"
+    )
+    parser.add_argument(
+        "-p",
+        "--port",
+        type=number(1, 65535),
+        default=80,
+        metavar="PORT",
+        help="the port of plain HTTP (default: 80)",
+    )
     add_rule_arguments(parser)
 
 
-def _write_files(folder: str, parts: List[Part]) -> None:
-    """Write the parts that are files; nothing at all if one would take the place of a file that says something else."""
+def recipe_rule(args: argparse.Namespace) -> RedirectRule:
+    """Return the rule, whose path is what the recipe is for, if none is given."""
+    fields = rule_fields(args)
+    if "path" not in fields and "keep_path" not in fields:
+        if args.recipe == "exchange":
+            fields["path"] = "/owa"  # since Exchange 2007
+        if args.recipe == "iis":
+            fields["keep_path"] = True
+    return rule_of(fields, args.port)
+
+
+def choose_parts(recipe: str, parts: List[Part], wanted: str) -> List[Part]:
+    """Return the part that is wanted, or all."""
+    if not wanted:
+        return parts
+    chosen = [part for part in parts if part.name == wanted]
+    if not chosen:
+        names = ", ".join(part.name for part in parts)
+        raise RuleError(f"{recipe} has no part {wanted!a}; it has {names}")
+    return chosen
+
+
+def print_parts(parts: List[Part]) -> None:
+    """Print one part as it is, or several with their names."""
+    if len(parts) > 1:
+        texts = [f"---- {part.file or part.name} ----\n{part.text}" for part in parts]
+        print("\n".join(texts), end="")
+        return
+    text = parts[0].text
+    if parts[0].file.endswith(".cmd") and os.linesep == "\n" and not sys.stdout.isatty():
+        # Redirected into a file that goes to Windows: cmd.exe loses labels after lone LFs.
+        text = text.replace("\n", "\r\n")
+    print(text, end="")
+
+
+def write_parts(folder: str, parts: List[Part]) -> None:
+    """Write the parts into files: all, or none where one is there with another content."""
     if not os.path.isdir(folder):
-        raise OSError("--write %a is not a folder" % folder)
-    files, there = {}, []
-    for part in parts:
-        if part.file:
-            path = os.path.join(folder, part.file)
-            newline = "\r\n" if part.file.endswith((".asp", ".cmd")) else "\n"
-            files[path] = part.text.replace("\n", newline).encode("ascii")
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                if file.read() != files[path]:
-                    raise OSError("%s says something else: move it, or write elsewhere" % path)
-                there.append(path)
-    if not files:
-        raise RuleError("--write: none of these parts is a file")
-    for path, data in files.items():
-        if path not in there:
-            with open(path, "xb") as file:
-                file.write(data)
-        print(os.path.basename(path))  # the folder's name may be beyond a code page
+        raise OSError(f"--write {folder!a} is not a folder")
+    texts = {part.file: part.text for part in parts if part.file}
+    steps = [part.text for part in parts if not part.file]
+    if steps:
+        texts["owahttps-steps.txt"] = "\n".join(steps)
+    missing = {}
+    for name, text in texts.items():
+        path = os.path.join(folder, name)
+        newline = "\r\n" if name.endswith((".asp", ".cmd", ".txt")) else "\n"
+        data = text.replace("\n", newline).encode("ascii")
+        if not os.path.lexists(path):
+            missing[path] = data
+            continue
+        with open(path, "rb") as file:
+            if file.read() != data:
+                raise OSError(f"{path} is another file, and this one would be in place of it")
+    for path, data in missing.items():
+        with open(path, "xb") as file:
+            file.write(data)
+    for name in texts:
+        print(name)  # without the folder, whose name may be beyond a code page
+
+
+def next_step(recipe: str, folder: str, part: str) -> str:
+    """Return what to do with the files that were written."""
+    if recipe in SERVERS:
+        server = SERVERS[recipe]
+        if os.path.abspath(folder) == os.path.dirname(server.place):
+            return server.then
+        return f"copy it to {server.place}, then: {server.then}"
+    if part:
+        return f"the whole recipe says where it goes: owahttps.py generate {recipe}"
+    return "owahttps-steps.txt says what to do with them on the server"
 
 
 def command_generate(args: argparse.Namespace) -> int:
+    """Print a recipe, or write it."""
     if args.list:
         for name, what in RECIPES.items():
-            print("%-14s%s" % (name, what))
+            print(f"{name:<14}{what}")
         return 0
-    fields = rule_fields(args)
-    if (
-        args.recipe in EXCHANGE
-        and "article" not in EXCHANGE[args.recipe][1]
-        and "keep_path" not in fields
-    ):
-        fields.setdefault("path", "/owa")  # since Exchange 2007
-    rule = rule_of(fields, args.http_port)
-    if args.recipe in EXCHANGE:
-        parts = exchange_recipe(args.recipe, rule, args.http_port, args.method, args.site)
-    else:
-        _refuse(
-            args.recipe,
-            (args.method or args.site, "is no Exchange: it takes no --method and no --site"),
-        )
-        parts = server_recipe(args.recipe, rule, args.http_port)
-    asked = [name for name in ("asp", "steps", "script", "undo") if getattr(args, name)]
-    if asked:
-        parts = [part for part in parts if part.name in asked]
-        if not parts:
-            raise RuleError("%s has no such part: %s" % (args.recipe, ", ".join(asked)))
+    if args.recipe not in RECIPES:
+        raise RuleError(f"there is no recipe {args.recipe!a}: see generate --list")
+    parts = recipe_parts(args.recipe, recipe_rule(args), args.port)
+    parts = choose_parts(args.recipe, parts, args.part)
     if args.write:
-        _write_files(args.write, parts)
-        return 0
-    for part in parts:
-        if len(parts) > 1:
-            print("---- %s ----\n" % (part.file or part.name))
-            print(part.text)
-        else:
-            # cmd.exe would not find every label in a file with lone LFs.
-            crlf = part.file.endswith(".cmd") and os.linesep == "\n" and not sys.stdout.isatty()
-            print(part.text.replace("\n", "\r\n") if crlf else part.text, end="")
+        write_parts(args.write, parts)
+        say("next: " + next_step(args.recipe, args.write, args.part))
+    else:
+        print_parts(parts)
     return 0
 
 

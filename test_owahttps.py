@@ -1583,6 +1583,7 @@ def test_what_differs_on_windows(monkeypatch):
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
 
+
 ARTICLE = """\
 <%
       If Request.ServerVariables("SERVER_PORT")=80 Then
@@ -1594,171 +1595,186 @@ ARTICLE = """\
       End If
    %>
 """
+HOST = "--host mail.example.com"
+IIS = "iis --host app.example.com --allow-host www.app.example.com"
+# What the steps must have to the letter, in this order.
+LABELS = [
+    *("Owahttps.asp", "Inetpub\\Wwwroot\\Owaasp", "SERVER_PORT and SERVER_NAME"),
+    *("Internet Service Manager", "Default Web Site", "Exchange folder", "Properties"),
+    *("Custom Errors", "403.4", "Message Type", "URL", "/owaasp/owahttps.asp"),
+    *("Directory Security", "Secure Communications", "Edit", "Require secure channel (SSL)"),
+    *("Require 128-bit encryption", "net stop iisadmin /y"),
+    "http://HOST/exchange must land on https://SERVER_NAME/exchange",
+]
+
+
+def generate(words):
+    """Return what `owahttps.py generate` prints, which must be ASCII."""
+    code, out, err = run("generate", *words.split())
+    assert (code, err) == (0, "")
+    out.encode("ascii")
+    return out
 
 
 def test_the_articles_page_to_the_letter():
-    assert run("generate", "--asp") == (0, ARTICLE, "")
-
-
-@pytest.mark.parametrize(
-    "fields, http_port, line",
-    [
-        (dict(path="/owa"), 80, 'strSecureURL & "/owa"'),
-        (dict(host="mail.example.com"), 80, 'strSecureURL & "mail.example.com"'),
-        (dict(https_port=8443), 80, 'strSecureURL & ":8443/exchange"'),
-        ({}, 8080, '("SERVER_PORT")=8080 Then'),
-    ],
-)
-def test_the_page_follows_the_rule(fields, http_port, line):
-    assert line in owahttps.asp_page(RedirectRule(**fields), http_port)
+    assert generate("--part asp") == ARTICLE
 
 
 def test_the_articles_steps():
-    """IIS's labels exact, eighteen steps in order, both notes, and nothing of the article's prose."""
-    code, out, _ = run("generate", "--steps")
-    assert code == 0 and [int(n) for n in re.findall(r"(?m)^ ?(\d+)\. ", out)] == list(range(1, 19))
-    for label in (
-        "Owahttps.asp",
-        "Inetpub\\Wwwroot\\Owaasp",
-        "Internet Service Manager",
-        "Default Web Site",
-        "Exchange folder",
-        "Properties",
-        "Custom Errors",
-        "403.4",
-        "Message Type",
-        "URL",
-        "/owaasp/owahttps.asp",
-        "Directory Security",
-        "Secure Communications",
-        "Edit",
-        "Require 128-bit encryption",
-        "Require secure channel (SSL)",
-        "net stop iisadmin /y",
-        "SERVER_PORT and SERVER_NAME",
-        "Only the Exchange folder",
-    ):
-        assert label in out, label
-    other = run("generate", "--http-port", "8080")[1]
-    assert "http://HOST:8080/exchange" in other and "owahttps.py check HOST:8080\n" in other
-    assert (
-        "owa folder" in run("generate", "--steps", "--path", "/owa")[1]
-        and "SSL for all incoming" not in out
-    )
+    steps = generate("--part steps")
+    numbers = re.findall(r"(?m)^ ?(\d+)\. ", steps)
+    assert numbers == [str(number) for number in range(1, 19)]
+    place = 0
+    for label in LABELS:
+        place = steps.index(label, place) + len(label)
 
 
-def test_write_never_overwrites(tmp_path):
-    page = tmp_path / "Owahttps.asp"
-    for _ in range(2):
-        code = run("generate", "--asp", "--write", str(tmp_path))[0]
-        assert code == 0 and page.read_bytes() == ARTICLE.replace("\n", "\r\n").encode()
-    page.write_bytes(b"mine")
-    code, _, err = run("generate", "--write", str(tmp_path))
-    assert code == 1 and err.count("\n") == 1 and str(page) in err and page.read_bytes() == b"mine"
-    assert os.listdir(str(tmp_path)) == [page.name]  # all or nothing
+@pytest.mark.parametrize(
+    "words, has, has_not, most_lines",
+    [
+        ("", ["Q319878", "check HOST\n"], ["403.18", "ActiveSync", "Forms-based", "IIS 6"], 60),
+        (
+            "--port 8080",
+            ['"SERVER_PORT")=8080', "check HOST:8080\n"],
+            ["=80 ", "any port but 80 "],
+            60,
+        ),
+        (HOST, ['& "mail.example.com"', "check mail.example.com\n"], ["SERVER_NAME"], 60),
+        ("--https-port 8443 --path /owa", [':8443/owa"', "the owa folder"], ["xchange folder"], 60),
+        ("exchange2003", ["403.18", "KB 817379", "Forms-based"], ["Exchange 2000"], 65),
+        (
+            f"exchange {HOST}",
+            ["PowerShell", "Microsoft's own", "check mail.example.com --path /owa\n", "UrlPrefix"],
+            ["SERVER_NAME", "www."],
+            95,
+        ),
+        (
+            IIS,
+            [
+                "Redirect all requests to exact destination (instead of relative to destination)",
+                '/bindings:"http/*:80:app.example.com,http/*:80:www.app.example.com"',
+                '-exactDestination:false -destination:"https://app.example.com" ||',
+                "check app.example.com www.app.example.com --keep-path --host app.example.com\n",
+            ],
+            ["Exchange", "autodiscover and", "/owa"],
+            80,
+        ),
+        (
+            f"iis {HOST} --path /a --https-port 444",
+            ['-destination:"https://mail.example.com:444/a"'],
+            [],
+            95,
+        ),
+        (f"exchange {HOST} --keep-path --port 81", [":81:mail"], ["mail.example.com/owa"], 95),
+        (
+            f"exchange {HOST} --status 301",
+            ["-httpResponseStatus:Permanent", "max-age=86400"],
+            [],
+            95,
+        ),
+        (f"exchange {HOST} --status 308", ["-httpResponseStatus:PermRedirect", "IIS 10"], [], 95),
+        (f"iis --host {'a-' * 30}b.example", [f"Host name: {'a-' * 30}b.example."], [], 95),
+    ],
+)
+def test_recipes_say(words, has, has_not, most_lines):
+    out = generate(words)
+    assert [text for text in has if text not in out] == []
+    assert [text for text in has_not if text in out] == []
+    assert out.count("\n") <= most_lines
+    assert not re.search(r"(?<!%)\{[a-z_]+\}", out)
 
 
-EXCHANGES = [
-    (name, method)
-    for name, (_, marks) in owahttps.EXCHANGE.items()
-    for method in (("",) if "article" in marks else ("redirect", "403.4"))
-]
+@pytest.mark.parametrize("words", [f"exchange {HOST} --status 308", IIS])
+def test_the_iis_scripts_can_be_verified_by_reading(words):
+    for line in generate(words).splitlines():
+        assert not re.search("Default Web Site|Back End", line) or "are left alone" in line
+    script, undo = (generate(f"{words} --part {part}") for part in ("script", "undo"))
+    for text in script, undo:
+        assert text.count("\n") < 25
+        assert not re.search(r"(?im)\bfor\b.*\bdo\b|findstr|[^|]\|[^|]", text)
+    for line in script.splitlines():
+        if line.startswith("%APPCMD%") and "list site owahttps" not in line:
+            assert line.endswith(" || goto failed"), line
 
 
-@pytest.mark.parametrize("name, method", EXCHANGES)
-def test_exchange_recipes(name, method):
-    """Every part is there, filled in, in ASCII; what must never be printed for a version is not."""
-    parts = {
-        part.name: part.text
-        for part in owahttps.exchange_recipe(
-            name, RedirectRule(path="/owa", host="mail.example.com"), 80, method, 0 if method else 3
-        )
-    }
-    assert {"about", "steps", "script", "undo", "verify"} <= set(parts) and ("asp" in parts) == (
-        not method
-    )
-    text = "".join(parts.values())
-    assert "https://mail.example.com/owa" in text and not re.search(r"(?<!%)\{[a-z_]+\}", text)
-    assert text == text.encode("ascii").decode()
-    assert "owahttps.py check mail.example.com --path /owa" in parts["verify"]
-    assert (
-        "Exchange Back End" not in parts["script"] + parts["undo"]
-        and "redirectHttpToHttps" not in text
-    )
-    assert not (name == "exchange2007" and "responseMode='Redirect'" in text)
-    assert ('CustomErrorModule" />' in parts["about"]) == (
-        name in ("exchange2016", "exchange2019", "exchange-se")
-    )
-    if method:
-        assert "add backup" in parts["script"] and re.search("[-/]commit:apphost", parts["script"])
-    else:
-        for text in (
-            "W3SVC/3/ROOT",
-            'Merge "403,4,URL,/owaasp/owahttps.asp"',
-            "net stop iisadmin /y",
-            "NOT started again",
-        ):
-            assert text in parts["script"]
-        assert "adsutil" not in parts["script"] and "iisreset" not in parts["script"]
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("exchan", "generate --list"),
+        ("iis7", "generate --list"),
+        ("--part script", "asp, steps, notes, undo, verify"),
+        ("--keep-path", "decoded URL"),
+        ("--status 301", "302"),
+        ("--allow-host a.example", "--host"),
+        ("--health /up", "one folder"),
+        ("exchange2003 --path /", "one folder"),
+        ("exchange", "--host"),
+        ("iis --host 192.0.2.7", "192.0.2.7"),
+        ("iis --host [::1]", "[::1]"),
+        (f"iis {HOST} --health /up", "--health"),
+        (f"iis {HOST} --acme-dir /tmp", "--acme-dir"),
+        (f"exchange {HOST} --api /api", "--api"),
+        ("systemd --port 443", "a loop"),
+        ("haproxy --acme-dir /tmp", "serves no files"),
+        ("nginx --acme-dir tmp", "absolute"),
+        ('nginx --acme-dir /a";', "absolute"),
+    ],
+)
+def test_what_a_recipe_cannot_do_is_refused(words, says):
+    code, out, err = run("generate", *words.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
 
 
-HOSTILE = [
-    'a"b',
-    "a%>b",
-    "a%b",
-    "%PATH%",
-    "a&calc",
-    "a|b",
-    "a>b",
-    "a^b",
-    "a'b",
-    "a`b",
-    "a$(b)",
-    "a;b",
-    "a\nb",
-    "a!b",
-    "a{b}",
-    "a" * 300,
-    "a b",
-    "<%",
-    "$host",
-    "a\\b",
-]
+HOSTILE = r"""a"b a%>b %PATH% a&calc a|b a>b a^b a'b a`b a$(b) a;b a!b a{b} <% $host a\b"""
 
 
-@pytest.mark.parametrize("value", HOSTILE)
-def test_hostile_values_reach_no_script(value):
-    """Quoting of cmd.exe, PowerShell, VBScript and every server: no value that it could break ever makes a rule."""
+@pytest.mark.parametrize("value", [*HOSTILE.split(), "a\nb", "a b"])
+def test_hostile_values_reach_no_recipe(value):
+    """What cmd.exe, VBScript or a server could take for more than a value never makes a rule."""
     for fields in (
-        dict(host=value),
-        dict(path="/" + value),
-        dict(health="/" + value),
-        dict(allow_hosts=(value,)),
+        {"host": value},
+        {"path": f"/{value}"},
+        {"health": f"/{value}"},
+        {"allow_hosts": (value,)},
+        {"api": (f"/{value}",)},
     ):
-        if len(value) < 300 or ("path" not in fields and "health" not in fields):
-            with pytest.raises(RuleError):
-                RedirectRule(**fields)
+        with pytest.raises(RuleError):
+            RedirectRule(**fields)
 
 
-def test_generate_list_and_parts():
-    code, out, _ = run("generate", "--list")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(owahttps.RECIPES)
-    script = run("generate", "exchange2019", "--host", "mail.example.com", "--script")[1]
-    assert script.startswith("@echo off") and "https://mail.example.com/owa" in script
-    assert run("generate", "nginx")[1].startswith("#") and "----" not in run("generate", "nginx")[1]
+def test_write(tmp_path):
+    """All files or none, never over another one; and what comes next."""
+    words = ["generate", "--write", str(tmp_path)]
+    for _ in range(2):
+        code, out, err = run(*words)
+        assert (code, out) == (0, "Owahttps.asp\nowahttps-steps.txt\n")
+        assert "next: owahttps-steps.txt" in err
+        assert (tmp_path / "Owahttps.asp").read_bytes() == ARTICLE.replace("\n", "\r\n").encode()
+    assert b"18. Test:" in (tmp_path / "owahttps-steps.txt").read_bytes()
+    (tmp_path / "Owahttps.asp").write_bytes(b"mine")
+    (tmp_path / "owahttps-steps.txt").unlink()
+    code, out, err = run(*words)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "in place of it" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["Owahttps.asp"]
+    err = run("generate", "nginx", *words[1:])[2]
+    assert "/etc/nginx/conf.d/owahttps.conf, then: nginx -t" in err
+
+
+def test_a_script_that_is_redirected_has_windows_line_ends():
+    command = [sys.executable, SCRIPT, "generate", *IIS.split(), "--part", "script"]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    assert out.startswith(b"@echo off\r\n") and out.count(b"\n") == out.count(b"\r\n")
 
 
 def test_the_systemd_unit(tmp_path):
-    unit = tmp_path / "owahttps.service"
-    text = run(
-        "generate", "systemd", "--host", "mail.example.com", "--allow-host", "a.b", "--keep-path"
-    )[1]
-    assert (
-        "serve --port 80 --host mail.example.com --keep-path --allow-host mail.example.com --allow-host a.b\n"
-        in text
-    )
+    text = generate("systemd --host mail.example.com --allow-host a.b --keep-path --api /v1")
+    assert f"serve --port 80 --keep-path {HOST} --allow-host mail.example.com --allow-host" in text
+    assert " --api /v1\n" in text and "\nRestart=always\n" in text
     if not shutil.which("systemd-analyze"):
         pytest.skip("no systemd-analyze here")
+    unit = tmp_path / "owahttps.service"
     unit.write_text(text.replace("/usr/bin/python3 -I /usr/local/bin/owahttps.py", sys.executable))
     done = subprocess.run(
         ["systemd-analyze", "verify", str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -3391,7 +3407,7 @@ def test_exit_codes_with_a_full_disk(argv, code):
         (["check", "nowhere.invalid"], 3),
         (["check", "a b"], 3),
         (["generate", "nope"], 2),
-        (["generate", "--asp"], 0),
+        (["generate", "--part", "asp"], 0),
     ],
 )
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
@@ -3429,34 +3445,55 @@ def find(*names):
     )
 
 
-NGINX = """daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log {dir}/error.log;
+# Each main file is laid out as the distribution's own is, with another site beside ours.
+NGINX = """\
+daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log {dir}/error.log;
 events {{}}
-http {{ access_log {dir}/access.log; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
-  uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
-  {text}
+http {{
+  access_log {dir}/access.log; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p;
+  fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
+  include {file};
+  server {{ listen {port}; server_name beside.example; return 204; }}
 }}
 """
-APACHE = """ServerRoot {dir}
+APACHE = """\
+ServerRoot {dir}
 PidFile {dir}/pid
 ErrorLog {dir}/error.log
 DefaultRuntimeDir {dir}
 ServerName plain.invalid
+UseCanonicalName On
 <IfFile /usr/lib/apache2/modules/mod_mpm_event.so>
 LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
 </IfFile>
 LoadModule rewrite_module /usr/lib/apache2/modules/mod_rewrite.so
-LoadModule alias_module /usr/lib/apache2/modules/mod_alias.so
+LoadModule headers_module /usr/lib/apache2/modules/mod_headers.so
+LoadModule setenvif_module /usr/lib/apache2/modules/mod_setenvif.so
 LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
-{text}
+Include {file}
+<VirtualHost *:{port}>
+ServerName beside.example
+RewriteEngine on
+RewriteRule ^ - [R=204]
+</VirtualHost>
 """
-# Each server: its program, what goes round its recipe, its own syntax check, how it is started.
+CADDY = """\
+{{
+\tadmin off
+}}
+import {file}
+http://beside.example:{port} {{
+\trespond 204
+}}
+"""
+# Each server: its program, its main file ("": ours), its own syntax check, how it is started.
 PEERS = {
     "nginx": (("nginx",), NGINX, ["-t", "-q", "-c", "{conf}"], ["-c", "{conf}"]),
     "apache": (("apache2", "httpd"), APACHE, ["-t", "-f", "{conf}"], ["-X", "-f", "{conf}"]),
-    "haproxy": (("haproxy",), "{text}", ["-c", "-q", "-f", "{conf}"], ["-db", "-f", "{conf}"]),
+    "haproxy": (("haproxy",), "", ["-c", "-q", "-f", "{conf}"], ["-db", "-f", "{conf}"]),
     "caddy": (
         ("caddy",),
-        "{{\n\tadmin off\n}}\n{text}",
+        CADDY,
         ["validate", "--adapter", "caddyfile", "--config", "{conf}"],
         ["run", "--adapter", "caddyfile", "--config", "{conf}"],
     ),
@@ -3465,27 +3502,25 @@ PEERS = {
 
 @contextlib.contextmanager
 def peer(name, text, port, folder):
-    """A server of the machine's own, with this configuration, on this loopback port."""
-    programs, around, check, start = PEERS[name]
+    """Run a server of the machine's own, with this recipe, on this loopback port."""
+    programs, main, check, start = PEERS[name]
     program = find(*programs)
-    conf = os.path.join(folder, name + ".conf")
-    text = re.sub(r"(?m)^    (user|group) haproxy\n", "", text) if os.geteuid() else text
-    with open(conf, "w") as file:
-        file.write(around.format(dir=folder, text=text))
-    environment = dict(os.environ, HOME=folder, XDG_DATA_HOME=folder, XDG_CONFIG_HOME=folder)
-    done = subprocess.run(
-        [program] + [word.format(conf=conf) for word in check],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-    )
+    if os.geteuid():
+        text = re.sub(r"(?m)^    (user|group) haproxy\n", "", text)
+    file, conf = os.path.join(folder, "owahttps.conf"), os.path.join(folder, "main.conf")
+    with open(file, "w") as ours, open(conf, "w") as around:
+        ours.write(text)
+        around.write(main.format(dir=folder, port=port, file=file) or text)
+    quiet = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "env": dict(os.environ, HOME=folder, XDG_DATA_HOME=folder, XDG_CONFIG_HOME=folder),
+    }
+    done = subprocess.run([program, *(word.format(conf=conf) for word in check)], **quiet)
     assert done.returncode == 0, done.stdout.decode()
-    process = subprocess.Popen(
-        [program] + [word.format(conf=conf) for word in start],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
+    quiet["stdout"] = subprocess.DEVNULL
+    process = subprocess.Popen([program, *(word.format(conf=conf) for word in start)], **quiet)
     try:
         assert wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 15)
         yield
@@ -3522,6 +3557,7 @@ DIFFERS = {
     "Host port 65536": "NHC",
     "Host port that is no number": "N",
     "no Host, HTTP/1.0, with a fixed host": "HC",
+    "pipelined requests, answered in order": "H",
     "two Hosts, equal": "H",
     "folded field line": "AHC",
     "lone LF in the head": "NHC",
@@ -3549,32 +3585,120 @@ DIFFERS = {
 }
 
 
-RULES = [
-    RedirectRule(),
-    RedirectRule(keep_path=True, status=308),
-    RedirectRule(host="mail.example.com", https_port=8443, path="/owa"),
-    RedirectRule(allow_hosts=("mail.example.com",), health="/health", acme_dir="{tokens}"),
+# Requests that each recipe's server answers as serve does: target, or field of a request for /.
+ALIKE = [
+    *("/", "/x/y?z=%2F", "http://mail.example.com/autodiscover/a?b", "/health"),
+    # Paths for machines, and what only looks like one.
+    *("/autodiscover/autodiscover.xml", "/AutoDiscover/Autodiscover.XML?q=1", "/autodiscoverx"),
+    *("/.well-known/mta-sts.txt", "/.Well-Known/x", "/.well-known"),
+    *("/api", "/API/v1?x", "/api/", "/api?x=1", "/apix", "/v2/y/z"),
+    # Tokens in either layout of a webroot, and none.
+    *("/.well-known/acme-challenge/a-Token_1", "/.well-known/acme-challenge/b-Token"),
+    *("/.well-known/acme-challenge/none", "/.well-known/acme-challenge/a-Token_1?x=y"),
+    *("X-Forwarded-Proto: https", "X-Forwarded-Proto: wss", "X-Forwarded-Proto: http"),
+    *("Front-End-Https: On", "Front-End-Https: off", "X-Forwarded-Ssl: on"),
+    *("Forwarded: for=1.2.3.4;proto=https", 'Forwarded: for=_x;Proto="https";by=y'),
+    *("Forwarded: for=1.2.3.4;proto=http", "CloudFront-Forwarded-Proto: https"),
+    *("X-ARR-SSL: 2048|256|C=US", "Host: other.example", "Host: a@mail.example.com"),
 ]
+# None of these may lead to another host than this one, by any server.
+EVIL = [
+    *(
+        get(host=host)
+        for host in (
+            "mail.example.com@evil.example",
+            "mail.example.com#.evil.example",
+            "evil.example#x",
+            "mail.example.com/.evil.example",
+            "mail.example.com?.evil.example",
+            "evil.example,x",
+            "mail.example.com\\.evil.example",
+            "evil.example:80@mail.example.com",
+            "evil.example%00",
+            "mail.example.com evil.example",
+            "evil.example\tx",
+            "x:evil.example",
+        )
+    ),
+    *(
+        get(target)
+        for target in (
+            ".evil.example",
+            "@evil.example",
+            ":@evil.example",
+            "x:@evil.example",
+            "//evil.example/",
+            "/\\evil.example",
+            "/.well-known/../../\\evil.example",
+            "/%0d%0aLocation:evil.example",
+            "http:evil.example/",
+            "/autodiscover//evil.example/%0a",
+        )
+    ),
+]
+RULES = {
+    "default": RedirectRule(),
+    "keep-308": RedirectRule(keep_path=True, status=308),
+    "fixed-301": RedirectRule(host="mail.example.com", https_port=8443, path="/owa", status=301),
+    "all": RedirectRule(
+        allow_hosts=("mail.example.com",),
+        health="/health",
+        acme_dir="/",
+        api=("/api", "/v2/y"),
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "rule", RULES, ids=lambda rule: owahttps.options(rule).replace(" ", "") or "default"
-)
+def request_of(text):
+    """Return the request for a row of ALIKE."""
+    if ": " not in text:
+        return get(text)
+    if text.startswith("Host: "):
+        return get(host=text[6:])
+    return get(fields=text + "\r\n")
+
+
+def seen(data):
+    """Return what counts of an answer: status, Location, and how long a permanent one is kept."""
+    response = owahttps.read_response(data)[0]
+    age = response.field("cache-control") if response.status in (301, 308) else None
+    return response.status, response.field("location"), age
+
+
+@pytest.fixture
+def tokens():
+    """A folder that the servers' own users can read, with a token in each layout, and a link."""
+    with tempfile.TemporaryDirectory() as folder:
+        webroot = os.path.join(folder, ".well-known", "acme-challenge")
+        os.makedirs(webroot)
+        os.chmod(folder, 0o755)
+        for path in os.path.join(folder, "a-Token_1"), os.path.join(webroot, "b-Token"):
+            with open(path, "w") as file:
+                file.write("TOKEN.thumbprint")
+        os.symlink(os.path.join(folder, "a-Token_1"), os.path.join(folder, "link"))
+        yield folder
+
+
+@pytest.mark.parametrize("rule", list(RULES.values()), ids=list(RULES))
 @pytest.mark.parametrize("name", list(PEERS))
-def test_servers(name, rule, tmp_path, token_folder):
+def test_servers(name, rule, tmp_path, tokens):
+    """Each recipe's server answers as serve does, and never redirects to another host."""
     if not find(*PEERS[name][0]):
-        pytest.skip("no %s here" % name)
-    os.chmod(str(tmp_path), 0o755)
-    for folder in (
-        token_folder,
-        os.path.dirname(token_folder),
-        os.path.dirname(os.path.dirname(token_folder)),
-    ):
-        os.chmod(folder, 0o755)  # the servers read as users of their own
-    rule = rule._replace(acme_dir=token_folder if rule.acme_dir and name != "haproxy" else "")
+        pytest.skip(f"no {name} here")
+    rule = rule._replace(acme_dir=tokens if rule.acme_dir and name != "haproxy" else "")
     port = free_port()
-    text = owahttps.server_recipe(name, rule, port)[0].text
-    with peer(name, text, port, str(tmp_path)):
+    with peer(name, owahttps.server_recipe(name, rule, port)[0].text, port, str(tmp_path)):
+        for text in ALIKE:
+            request = request_of(text)
+            serve = owahttps.answer(
+                request.encode(), rule, "", lambda token: owahttps.read_token(tokens, token)
+            )
+            assert seen(ask(port, request)) == seen(serve.response), text
+        for request in EVIL:
+            location = seen(ask(port, request))[1]
+            assert not location or urlsplit(location).netloc.startswith("mail.example.com"), request
+        if name != "haproxy":
+            assert seen(ask(port, get(host="beside.example"))) == (204, None, None)
         assert (
             failures(port, rule)
             - {what for what, servers in DIFFERS.items() if name[0].upper() in servers}
