@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.6"
 # ///
-"""Redirect plain HTTP to HTTPS, so that http://HOST/ leads to https://HOST/exchange.
+"""Redirect plain HTTP to HTTPS: http://HOST/ leads to https://HOST/exchange.
 
 This is the fix of Microsoft's article Q279681 ("How to Force SSL Encryption
 for an OWA 2000 Client"), for any machine.  Copy this one file there and run
@@ -432,7 +432,7 @@ class Request(NamedTuple):
     method: str
     name: str  # the server name, "" where the request has none
     target: str  # path and query, or "*"
-    has_body: bool
+    body: bool  # whether one follows
     close: bool  # whether the connection ends after the answer
 
 
@@ -618,7 +618,7 @@ def answer(
     location = target = refusal = ""
     try:
         request = read_request(text, fields)
-        target, unread, close = request.target, request.has_body, request.close or last
+        target, unread, close = request.target, request.body, request.close or last
         status, location, body = decide(request, is_loop(fields), rule, find_token)
     except (Refusal, HostError) as refused:
         status, refusal = refused.args if isinstance(refused, Refusal) else (400, NO_NAME)
@@ -658,6 +658,18 @@ def head_end(data: bytes) -> int:
 
 
 # ---- The log -------------------------------------------------------------------------
+
+
+def own_terminal(fd: int) -> int:
+    """Return a non-blocking file descriptor of our own for the terminal behind this one.
+
+    When a terminal has room for only a part of what is written, write() waits for the rest,
+    whatever poll() said.  To make `fd` itself non-blocking would change it for the shell too.
+    """
+    with contextlib.suppress(OSError):
+        if os.isatty(fd):
+            return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return fd
 
 
 class Log:
@@ -736,18 +748,6 @@ class Log:
         self.lost += self.waiting.lstrip(b"\n").count(b"\n")
         if self.lost:
             self.tell_lost()
-
-
-def own_terminal(fd: int) -> int:
-    """Return a non-blocking file descriptor of our own for the terminal behind this one.
-
-    When a terminal has room for only a part of what is written, write() waits for the rest,
-    whatever poll() said.  To make `fd` itself non-blocking would change it for the shell too.
-    """
-    with contextlib.suppress(OSError):
-        if os.isatty(fd):
-            return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    return fd
 
 
 @lru_cache(maxsize=2)
