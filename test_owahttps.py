@@ -2989,11 +2989,14 @@ def test_selftest_against_any_rule(fields):
 
 
 class Echo(owahttps.BaseHTTPRequestHandler):
-    """The plain redirect that many a program has: what the client sent is put into Location."""
+    """The plain redirect of many a program: what the client has sent is put into Location."""
+
+    def location(self):
+        return "https://" + self.headers.get("Host", "") + self.path
 
     def do_GET(self):
         self.send_response(302)
-        self.send_header("Location", "https://" + self.headers.get("Host", "") + self.path)
+        self.send_header("Location", self.location())
         self.end_headers()
 
     def log_message(self, format, *args):
@@ -3001,18 +3004,10 @@ class Echo(owahttps.BaseHTTPRequestHandler):
 
 
 class Fixed(Echo):
-    """It leads to one name, so no attack works; yet it answers what it must refuse."""
+    """It leads to one name, so no attack works; but it redirects what a server must refuse."""
 
-    def do_GET(self):
-        self.headers.replace_header("Host", "mail.example.com")
-        self.path = "/exchange"
-        super().do_GET()
-
-    def parse_request(self):
-        good = super().parse_request()
-        if good and "Host" not in self.headers:
-            self.headers["Host"] = ""
-        return good
+    def location(self):
+        return "https://mail.example.com/exchange"
 
 
 @pytest.mark.parametrize(
@@ -3179,48 +3174,40 @@ def test_where_a_location_leads(location, host):
     assert owahttps.leads_to(location) == host
 
 
+MOVED = b"HTTP/1.1 302 Found\r\nLocation: a\r\n"
+
+
 @pytest.mark.parametrize(
-    "data, level, passed, got",
+    "data, got",
     [
-        (b"HTTP/1.1 302 Found\r\nLocation: a\r\nContent-Length: 2\r\n\r\nhi", "own", True, "302 a"),
-        (b"HTTP/1.1 302 Found\r\nLocation: a\r\n\r\nhi", "own", True, "302 a"),
-        (
-            b"HTTP/1.1 302 F\r\nLocation: a\r\nContent-Length: 3\r\n\r\nhi",
-            "own",
-            False,
-            "302 a (cut off)",
-        ),
-        (b"HTTP/1.1 302 F\r\nContent-Length: 0\r\n\r\nhi", "own", False, "302, no HTTP/1: b'hi'"),
-        (
-            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 302 Found\r\nLocation: a\r\n\r\n",
-            "own",
-            False,
-            "100, 302 a",
-        ),
-        (b"HTTP/1.1 302 F\r\nLocation: a\r\nLocation: a\r\n\r\n", "own", False, "302 a a"),
-        (b"<h1>no</h1>", "own", False, "no HTTP/1: b'<h1>no</h1>'"),
-        (b"", "own", False, "closed"),
+        (MOVED + b"Content-Length: 2\r\n\r\nhi", "302 a"),
+        (MOVED + b"\r\nhi", "302 a"),
+        (MOVED + b"Content-Length: 3\r\n\r\nhi", "302 a (cut off)"),
+        (MOVED + b"Content-Length: 0\r\n\r\nhi", "302 a, no HTTP/1: b'hi'"),
+        (MOVED + b"Location: b\r\n\r\n", "302 a b"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + MOVED + b"\r\n", "100, 302 a"),
+        (b"<h1>no</h1>", "no HTTP/1: b'<h1>no</h1>'"),
+        (b"", "closed"),
     ],
 )
-def test_what_an_answer_means(data, level, passed, got):
+def test_what_has_come_to_a_case(data, got):
     """Whatever a server under test sends is a result, never a traceback."""
     case = owahttps.own("id", "reference", "what", b"", "302 a")
     result = owahttps.judge(case, *owahttps.read_answers(data, False), None)
-    assert (result.level, result.passed, result.got) == (level, passed, got)
+    assert (result.level, result.passed, result.got) == ("own", got == "302 a", got)
 
 
 @pytest.mark.parametrize(
     "fields, attack",
     [
-        (b"Location: a\r\nEvil: 1\r\n", "a field that the request has written"),
+        (b"Evil: 1\r\n", "a field that the request has written"),
         (b"Location: a\rb\r\n", "a CR, which ends a line for some clients"),
-        (b"Location: a\r\nLocation: //evil.example.\r\n", "leads to evil.example"),
+        (b"Location: //evil.example.\r\n", "leads to evil.example"),
     ],
 )
 def test_an_attack_that_works_is_unsafe_in_any_case(fields, attack):
     case = owahttps.own("id", "reference", "what", b"", "302 a")
-    answers = owahttps.read_answers(b"HTTP/1.1 302 F\r\n" + fields + b"\r\n", False)
-    result = owahttps.judge(case, *answers, None)
+    result = owahttps.judge(case, *owahttps.read_answers(MOVED + fields + b"\r\n", False), None)
     assert (result.level, result.passed) == ("safe", False) and attack in result.got
 
 
