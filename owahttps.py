@@ -2395,8 +2395,10 @@ def leads_to(location: str) -> str:
     """Return the host that a browser is led to, "" where it stays or refuses (WHATWG URL, 4.4)."""
     url = location.replace("\t", "").replace("\\", "/")
     scheme, colon, rest = url.partition(":")
-    if colon and scheme.lower() in ("http", "https"):
+    if colon and scheme.lower() == "https":
         url = "//" + rest
+    elif colon and scheme.lower() == "http":  # without slashes it is a path, as Chromium reads it
+        url = rest
     if not url.startswith("//"):
         return ""
     authority = url.lstrip("/")

@@ -3160,6 +3160,8 @@ def test_sabotage_turns_the_selftest_red(monkeypatch, name, value, must_fail):
         ("//evil.example/", "evil.example"),
         ("/\\evil.example/", "evil.example"),
         ("https:evil.example", "evil.example"),
+        ("http:///evil.example", "evil.example"),
+        ("http:/evil.example", ""),
         ("https://mail.example.com//evil.example/", "mail.example.com"),
         ("/evil.example", ""),
         ("evil.example", ""),
