@@ -185,22 +185,34 @@ def host_of_rule(text: str) -> str:
     return name
 
 
-def check_types(kind: Any, **values: Any) -> None:
-    """Raise RuleError for a value that is of another type."""
-    for name, value in values.items():
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            wanted = {str: "text", int: "a whole number"}.get(kind, "a list")
-            raise RuleError(f"{name} {value!a} is not {wanted}")
+def check_text(field: str, value: Any) -> None:
+    """Raise RuleError for a value that is not a str."""
+    if not isinstance(value, str):
+        raise RuleError(f"{field} {value!a} is not text")
 
 
-def check_paths(**paths: str) -> None:
+def check_number(field: str, value: Any) -> None:
+    """Raise RuleError for a value that is not an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RuleError(f"{field} {value!a} is not a whole number")
+
+
+def check_list(field: str, values: Any) -> None:
+    """Raise RuleError for a value that is not a list of str."""
+    if not isinstance(values, (list, tuple)):
+        raise RuleError(f"{field} {values!a} is not a list")
+    for value in values:
+        check_text(field, value)
+
+
+def check_path(field: str, path: Any) -> None:
     """Raise RuleError for a path that a rule cannot have."""
-    for name, path in paths.items():
-        if not RULE_PATH.fullmatch(path):
-            raise RuleError(
-                f"{name} {path!a} does not begin with '/', "
-                "or has characters other than A-Z a-z 0-9 . _ ~ - /"
-            )
+    check_text(field, path)
+    if not RULE_PATH.fullmatch(path):
+        raise RuleError(
+            f"{field} {path!a} does not begin with '/', "
+            "or has characters other than A-Z a-z 0-9 . _ ~ - /"
+        )
 
 
 def percent_encoded(match: "re.Match[str]") -> str:
@@ -209,7 +221,7 @@ def percent_encoded(match: "re.Match[str]") -> str:
 
 
 class RuleFields(NamedTuple):
-    """The fields of a RedirectRule, in order."""
+    """The fields of a RedirectRule: a NamedTuple cannot check its values itself."""
 
     path: str
     host: str
@@ -254,26 +266,30 @@ class RedirectRule(RuleFields):
         acme_dir: str = "",
         api: Sequence[str] = (),
     ) -> "RedirectRule":
-        check_types(str, path=path, host=host, health=health, acme_dir=acme_dir)
-        check_types(int, https_port=https_port, status=status)
-        check_types((list, tuple), allow_hosts=allow_hosts, api=api)
-        for one in (*allow_hosts, *api):
-            check_types(str, **{"one of allow_hosts or api": one})
-        check_paths(path=path, health=health or "/")
+        check_path("path", path)
+        check_text("host", host)
+        check_number("https_port", https_port)
+        check_number("status", status)
+        check_list("allow_hosts", allow_hosts)
+        check_path("health", health or "/health")
+        check_text("acme_dir", acme_dir)
+        check_list("api", api)
         for one in api:
-            check_paths(api=one)
+            check_path("api", one)
         if not 1 <= https_port <= 65535:
             raise RuleError(f"https port {https_port} is not in 1-65535")
         if status not in STATUSES:
             raise RuleError(f"status {int(status)} is not one of 301, 302, 307, 308")
-        if health == "/" or (health == path and not keep_path):
-            raise RuleError(f"health {health!a} is where every request leads: give it its own path")
+        if health == "/":
+            raise RuleError("health '/' is what people type: it has to redirect")
+        if health == path and not keep_path:
+            raise RuleError(f"health {health!a} is where every request leads")
         if "/" in api:
             raise RuleError("api '/' would leave nothing to redirect")
         host = host_of_rule(host) if host else ""
         allowed = [host_of_rule(name) for name in allow_hosts]
         if host and allowed:
-            allowed.insert(0, host)
+            allowed.insert(0, host)  # the host itself is always allowed
         return super().__new__(
             cls,
             path,
@@ -311,14 +327,14 @@ class RedirectRule(RuleFields):
             path = OUTSIDE_URL.sub(percent_encoded, target)
         return f"https://{self.authority(name)}{path}"
 
-    def is_api(self, path: str) -> bool:
-        """Return whether this path is one of `api` or below one, in any case of letters."""
-        path = path.lower()
+    def is_api(self, target: str) -> bool:
+        """Return whether this request target is one of `api` or below one, in any case."""
+        path = target.partition("?")[0].lower()
         return any(path == one or path.startswith(one + "/") for one in self.api)
 
 
 def command_options(rule: RedirectRule) -> str:
-    """Return the rule as command line options, each with a blank before it."""
+    """Return the rule as command line options, each with a space before it."""
     default = RedirectRule()
     words = ""
     if rule.path != default.path:
@@ -344,7 +360,7 @@ def command_options(rule: RedirectRule) -> str:
 
 MAX_TARGET = 8 * 1024  # bytes of a request target: 414 beyond
 MAX_HEAD = 32 * 1024  # bytes of a request head: 431 beyond
-MAX_TOKEN = 64 * 1024  # bytes of an ACME token's file
+MAX_TOKEN_FILE = 64 * 1024  # bytes of an ACME token's file
 MAX_LOGGED = 1000  # characters of each field of a log line
 
 # Not http.HTTPStatus: its phrases differ between versions of Python, and ours are RFC 9110's.
@@ -364,31 +380,24 @@ PHRASES = {
     431: "Request Header Fields Too Large",
     505: "HTTP Version Not Supported",
 }
-NO_NAME = "not one server name and port in Host or target"
+NO_NAME = "Host or request target is not one valid server name with an optional port"
 LOOP = (
-    "redirect loop: the request says that a proxy already speaks HTTPS and sends its traffic "
-    "here; send HTTPS to the application, and only plain HTTP to this redirect"
+    "redirect loop: a proxy says that this request came over HTTPS; "
+    "forward HTTPS to the application, and only plain HTTP to this redirect"
 )
-API = "this API speaks only HTTPS: a secret that came with this request was sent in clear"
+API = "this API is HTTPS only: any secret in this request was sent in clear"
 ACME_PREFIX = "/.well-known/acme-challenge/"
 
 # RFC 9110 section 5.6.2: token = 1*tchar.  No method in use has more than 20 characters.
 TCHAR = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-TOKEN = TCHAR + "+"
 METHOD = TCHAR + "{1,50}"
 # RFC 9112 section 3: request-line = method SP request-target SP HTTP-version.  Section 2.2: one
 # empty line before it is tolerated.  8-bit bytes in the target are not in the grammar, but
 # browsers have sent them; a Location has them percent-encoded.
 REQUEST_LINE = rf"(?:\r\n)?({METHOD}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n"
 # RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS, and no obs-fold.
-HEAD = re.compile(rf"{REQUEST_LINE}(?:{TOKEN}:[\t -~\x80-\xff]*\r\n)*\r\n")
+WHOLE_HEAD = re.compile(rf"{REQUEST_LINE}(?:{TCHAR}+:[\t -~\x80-\xff]*\r\n)*\r\n")
 REQUEST_LINE_BYTES = re.compile(REQUEST_LINE.encode("latin-1"))
-# The fields that an answer depends on, and those of a log line.
-FIELD = re.compile(
-    r"\n((?i:host|connection|content-length|transfer-encoding|referer|user-agent"
-    r"|forwarded|x-forwarded-proto|x-forwarded-ssl|front-end-https"
-    r"|cloudfront-forwarded-proto|x-arr-ssl)):[\t ]*([^\r]*)"
-)
 # How a proxy that has ended TLS says so; the first element counts, it is the browser's.
 LOOP_SIGNS = {
     "x-forwarded-proto": re.compile(r"(?i)(https|wss)[\t ]*(,|$)"),
@@ -398,18 +407,22 @@ LOOP_SIGNS = {
     "front-end-https": re.compile(r"(?i)on$"),  # Microsoft's own, for Outlook Web Access
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
+# The fields that an answer depends on, and those of a log line.
+FIELD_NAMES = "host connection content-length transfer-encoding referer user-agent".split()
+FIELD_NAMES += LOOP_SIGNS
+FIELD = re.compile(rf"\n((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
-# What a log line takes as it is: printable ASCII, but for quotes and backslashes.
-LOGGABLE = re.compile(rf"[ !#-\[\]-~]{{0,{MAX_LOGGED}}}")
+# What a log line has as \xHH: all but printable ASCII, and quotes and backslashes.
 NOT_LOGGABLE = re.compile(r"[^ !#-\[\]-~]")
+NOT_LOGGABLE_BYTES = bytes(byte for byte in range(256) if NOT_LOGGABLE.match(chr(byte)))
 
-# What is wrong with a head that HEAD does not match: the first pattern that fits says it.
+# What is wrong with a head: the first pattern that matches tells.  The last one always does.
 FAULTS = [
     (re.compile(pattern, re.DOTALL), status, reason)
     for pattern, status, reason in (
         (r"\x16", 400, "TLS on the plain HTTP port"),
-        (r"PROXY ", 400, "PROXY protocol: this port takes only HTTP, without it"),
+        (r"PROXY ", 400, "PROXY protocol: this port takes only HTTP"),
         (r"\r\n\r\n", 400, "no request line (version 2 of the PROXY protocol begins like this)"),
         (rf"(?:\r\n)?{METHOD} [^\n ]{{{MAX_TARGET + 1}}}", 414, "request target too long"),
         (rf".{{{MAX_HEAD + 1}}}", 431, "request head too long"),
@@ -424,7 +437,7 @@ FAULTS = [
 
 
 class Refusal(Exception):
-    """A request that gets an error: Refusal(status, reason); the reason holds no byte of it."""
+    """A request that gets an error: Refusal(status, reason); the reason never quotes it."""
 
 
 class Request(NamedTuple):
@@ -443,9 +456,9 @@ class Answer(NamedTuple):
     response: bytes  # b"": close without a word
     status: int
     location: str
-    target: str  # what was asked for: path and query, "" where the request was malformed
+    target: str  # path and query that were asked for, "" where the request was refused early
     close: bool  # whether the connection ends after it
-    unread: bool  # whether the client may still send what has to be read and dropped first
+    more_to_come: bool  # whether the client may send more, which has to be read first
     log: str  # its line in the access log, from the request line on
     refusal: str  # why the request was refused, or ""
 
@@ -457,7 +470,9 @@ def log_escape(text: str, most: int = MAX_LOGGED) -> str:
 
 def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str:
     """Return a line of the Combined Log Format, from the request line on."""
-    if not LOGGABLE.fullmatch(line + referer + agent):
+    logged = f"{line}{referer}{agent}".encode("latin-1")
+    # Mostly there is nothing to escape, and translate() tells that faster than a pattern.
+    if len(logged.translate(None, NOT_LOGGABLE_BYTES)) < len(logged) or len(logged) > MAX_LOGGED:
         line, referer, agent = log_escape(line), log_escape(referer), log_escape(agent)
     return f'"{line}" {status} {size} "{referer}" "{agent}"'
 
@@ -465,7 +480,7 @@ def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str
 def read_fields(text: str) -> Dict[str, str]:
     """Return the fields of a head that an answer depends on, their names in lower case.
 
-    Several of one name make a list (RFC 9110 section 5.3), so two Host fields are no name.
+    Several of one name make a list (RFC 9110 section 5.3): two Host fields are not a valid name.
     """
     fields: Dict[str, str] = {}
     for name, value in FIELD.findall(text):
@@ -476,14 +491,14 @@ def read_fields(text: str) -> Dict[str, str]:
 
 
 def has_body(fields: Dict[str, str]) -> bool:
-    """Return whether a body follows; Refusal where its length is not certain (RFC 9112, 6.3)."""
+    """Check the framing of a request, and return whether a body follows (RFC 9112 section 6.3)."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is None:
         if length is None:
             return False
         if not re.fullmatch("[0-9]+", length):
             raise Refusal(400, "Content-Length is not one number")
-        return length.strip("0") != ""
+        return length.strip("0") != ""  # not int(), which takes at most 4,300 digits
     if length is not None:
         raise Refusal(400, "both Content-Length and Transfer-Encoding")
     codings = [one.strip("\t ").lower() for one in coding.split(",")]
@@ -494,10 +509,15 @@ def has_body(fields: Dict[str, str]) -> bool:
 
 def is_loop(fields: Dict[str, str]) -> bool:
     """Return whether a proxy says that it has ended TLS: a redirect would come back here."""
-    for name, sign in LOOP_SIGNS.items():
-        if name in fields and sign.match(fields[name]):
-            return True
-    return False
+    if LOOP_SIGNS.keys().isdisjoint(fields):
+        return False
+    return any(sign.match(fields.get(name, "")) for name, sign in LOOP_SIGNS.items())
+
+
+def fault_of(head: str) -> Refusal:
+    """Return what is wrong with a malformed head."""
+    status, reason = next(fault[1:] for fault in FAULTS if fault[0].match(head))
+    return Refusal(status, reason)
 
 
 def effective_target(method: str, host: str, target: str) -> Tuple[str, str]:
@@ -517,19 +537,21 @@ def effective_target(method: str, host: str, target: str) -> Tuple[str, str]:
     return host, target
 
 
-def read_request(text: str, fields: Dict[str, str]) -> Request:
+def read_request(head: str, fields: Dict[str, str]) -> Request:
     """Take a request head apart; raises Refusal or HostError."""
-    match = HEAD.fullmatch(text)
-    if not match or len(match.group(2)) > MAX_TARGET or len(text) > MAX_HEAD:
-        raise Refusal(*next(fault[1:] for fault in FAULTS if fault[0].match(text)))
+    match = WHOLE_HEAD.fullmatch(head)
+    if not match or len(match.group(2)) > MAX_TARGET or len(head) > MAX_HEAD:
+        raise fault_of(head)
     method, target, minor = match.groups()
     body = has_body(fields)
     if "host" not in fields and minor != "0":
         raise Refusal(400, "no Host field")  # RFC 9112 section 3.2
     name = server_name(fields["host"]) if "host" in fields else ""
     if method in ("CONNECT", "TRACE"):
-        raise Refusal(405, f"method {method}")
+        raise Refusal(405, f"{method} is not allowed")
     name, target = effective_target(method, name, target)
+    # A body is never read as such, so it can never be taken for a request: the connection ends
+    # after the answer.  So it does for HTTP/1.0, and where "close" is a part of another option.
     close = body or minor == "0" or "close" in fields.get("connection", "").lower()
     return Request(method, name, target, body, close)
 
@@ -544,13 +566,13 @@ def decide(
     """Return status, Location and text of the answer; raises Refusal."""
     if request.target == "*":
         return 204, "", ""
-    path = request.target.partition("?")[0]
-    if request.method in ("GET", "HEAD", "OPTIONS"):  # HAProxy asks by OPTIONS
+    if (rule.acme_dir or rule.health) and request.method in ("GET", "HEAD", "OPTIONS"):
+        path = request.target.partition("?")[0]
         if rule.acme_dir and path.startswith(ACME_PREFIX):
             token = path[len(ACME_PREFIX) :]
             data = find_token(token) if re.fullmatch("[A-Za-z0-9_-]+", token) else None
             return (404, "", "") if data is None else (200, "", data.decode("latin-1"))
-        if rule.health and path == rule.health:
+        if path == rule.health:
             return 200, "", "OK\n"
     if looped:
         raise Refusal(421, LOOP)
@@ -558,43 +580,44 @@ def decide(
         raise Refusal(400, "no Host field, and the redirect has no --host")
     if rule.allow_hosts and (request.name or rule.host) not in rule.allow_hosts:
         raise Refusal(421, "this server name is not served here")
-    if rule.api and rule.is_api(path):
+    if rule.api and rule.is_api(request.target):
         raise Refusal(403, API)
     return rule.status, rule.location(request.name, request.target), ""
 
 
-@lru_cache(maxsize=512)
-def render(
-    status: int, location: str, text: str, head_only: bool, close: bool, date: str
-) -> Tuple[bytes, int]:
-    """Return a response, and the number of bytes of its body.
+def page(status: int, location: str, message: str) -> str:
+    """Return a page of HTML; the message is our own words."""
+    title, paragraph = f"{status} {PHRASES[status]}", message
+    if location:  # IIS's own words
+        title = "Object moved"
+        paragraph = f'This object may be found <a href="{escape(location)}">here</a>.'
+    return f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{paragraph}\n"
 
-    Visitors of the same name in the same second share it.  Others' responses are soon forgotten.
-    """
-    title, kind, body = f"{status} {PHRASES[status]}", "html", text
+
+def render(
+    status: int, location: str, message: str, head_only: bool, close: bool, date: str
+) -> Tuple[bytes, int]:
+    """Return a response, and the number of bytes of its body."""
+    body = message if status in (200, 204, 404) else page(status, location, message)
+    head = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\nServer: owahttps\r\n"
     if location:
-        title, text = (
-            "Object moved",
-            f'This object may be found <a href="{escape(location)}">here</a>.',
-        )
-    if status in (200, 404):
-        kind = "plain"
-    elif status != 204:
-        body = f"<!DOCTYPE html>\n<title>{title}</title>\n<h1>{title}</h1>\n<p>{text}\n"
-    lines = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\nServer: owahttps\r\n"
-    if location:
-        lines += f"Location: {location}\r\n"
-    if status in (301, 308):  # a browser would keep it for ever: a wrong one is over in a day
-        lines += "Cache-Control: max-age=86400\r\n"
+        head += f"Location: {location}\r\n"
+    if status in (301, 308):  # browsers keep these without limit: a wrong one is gone in a day
+        head += "Cache-Control: max-age=86400\r\n"
     if status in (204, 405):
-        lines += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
+        head += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
     if status != 204:
-        lines += f"Content-Type: text/{kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
+        kind = "plain" if status in (200, 404) else "html"
+        head += f"Content-Type: text/{kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
     if close:
-        lines += "Connection: close\r\n"
+        head += "Connection: close\r\n"
     if head_only:
         body = ""
-    return f"{lines}\r\n{body}".encode("latin-1"), len(body)
+    return f"{head}\r\n{body}".encode("latin-1"), len(body)
+
+
+# Requests for one Location in one second share a response.
+shared_render = lru_cache(maxsize=512)(render)
 
 
 def answer(
@@ -604,14 +627,14 @@ def answer(
     find_token: Callable[[str], Optional[bytes]] = no_token,
     last: bool = False,
 ) -> Answer:
-    """Answer one request head, which ends in its empty line or is_hopeless().
+    """Answer one request head: a whole one, or one that is_refused_early().
 
-    date        the Date field, as http_dates() gives it
+    date        the Date field, the first of dates()
     find_token  returns the file of an ACME token, or None
     last        whether the connection ends after this answer, whatever the request wants
 
-    Nothing is ever decoded.  The bytes of a Location come from the rule, from server_name()
-    and, percent-encoded, from the request target.
+    Percent-encoding is never decoded.  The bytes of a Location come from the rule, from
+    server_name() and, percent-encoded, from the request target.
     """
     text = head.decode("latin-1")
     line = text.lstrip("\r\n").partition("\r\n")[0]
@@ -619,49 +642,56 @@ def answer(
     location = target = refusal = ""
     try:
         request = read_request(text, fields)
-        target, unread, close = request.target, request.body, request.close or last
-        status, location, body = decide(request, is_loop(fields), rule, find_token)
-    except (Refusal, HostError) as refused:
-        status, refusal = refused.args if isinstance(refused, Refusal) else (400, NO_NAME)
-        close, unread, body = True, True, refusal
+        target, more_to_come, close = request.target, request.body, request.close or last
+        status, location, message = decide(request, is_loop(fields), rule, find_token)
+    except HostError:
+        status, refusal = 400, NO_NAME
+    except Refusal as refused:
+        status, refusal = refused.args
+    if refusal:
+        message, more_to_come, close = refusal, True, True
+    # Long ones are rarely asked for twice, and would fill the memory.
+    find_response = shared_render if len(location) + len(message) < 300 else render
     head_only = line.startswith("HEAD ")
-    response, size = render(status, location, body, head_only, close, date)
-    if text.startswith("\x16"):
+    response, size = find_response(status, location, message, head_only, close, date)
+    if text.startswith("\x16"):  # TLS: it would not be understood
         response = b""
-    log = log_line(
-        line, status, size, fields.get("referer") or "-", fields.get("user-agent") or "-"
-    )
-    return Answer(response, status, location, target, close, unread, log, refusal)
+    referer, agent = fields.get("referer") or "-", fields.get("user-agent") or "-"
+    log = log_line(line, status, size, referer, agent)
+    return Answer(response, status, location, target, close, more_to_come, log, refusal)
 
 
-def is_hopeless(begun: bytes) -> bool:
-    """Return whether a head that is not complete is refused already.
+def is_refused_early(partial: bytes) -> bool:
+    """Return whether a head that has come in part is refused already.
 
-    Its client gets its error at once, and not a closed connection after a deadline.
+    Its client gets an error at once, and not a closed connection at the deadline.
     """
-    if begun.startswith(b"\x16") or len(begun) > MAX_HEAD:
+    if partial.startswith(b"\x16") or len(partial) > MAX_HEAD:
         return True
-    if begun.count(b"\n") > begun.count(b"\r\n"):  # a lone LF
+    if partial.count(b"\n") > partial.count(b"\r\n"):  # a lone LF
         return True
-    if b"\n" in begun[2:]:  # the request line has come, after the empty line that is tolerated
-        return not REQUEST_LINE_BYTES.match(begun)
-    return len(begun) > MAX_TARGET + 66  # a method of 50 characters, and the HTTP version
+    if b"\n" in partial[2:]:  # the request line has come, after the empty line that is tolerated
+        return not REQUEST_LINE_BYTES.match(partial)
+    return len(partial) > MAX_TARGET + 66  # a method of 50 characters, and the HTTP version
 
 
 def head_end(data: bytes) -> int:
-    """Return where the first head ends in what has come, 0 while more of it has to come."""
+    """Return the length of the first head in these bytes, 0 while it is not whole.
+
+    A head that is refused already counts as whole.
+    """
     if not data:
         return 0
     end = data.find(b"\r\n\r\n")
     if end >= 0:
         return end + 4
-    return len(data) if is_hopeless(data) else 0
+    return len(data) if is_refused_early(data) else 0
 
 
 # ---- The log -------------------------------------------------------------------------
 
 
-def own_terminal(fd: int) -> int:
+def open_nonblocking(fd: int) -> int:
     """Return a non-blocking file descriptor of our own for the terminal behind this one.
 
     When a terminal has room for only a part of what is written, write() waits for the rest,
@@ -674,20 +704,20 @@ def own_terminal(fd: int) -> int:
 
 
 class Log:
-    """Lines for a file descriptor, which never make the server wait.
+    """Writes lines to a file descriptor without making the server wait.
 
-    write(line) takes a line that ends in a newline; flush() writes what has gathered.
+    write(line) takes a line that ends in a newline; flush() writes the lines that have gathered.
 
-    A regular file is simply written.  Of a pipe, a socket or a terminal, poll() says before each
-    write whether it takes PIPE_BUF bytes now.  While it does not (a reader that stalls, Ctrl-S),
-    the lines wait here, and those beyond `most` are lost.  A full disk or a closed pipe loses
-    lines too.  tell(text) hears of the first fault, and how many lines were lost once one gets
-    through again, or at the end.
+    A regular file is written directly.  For a pipe, a socket or a terminal, poll() tells before
+    each write whether it accepts PIPE_BUF bytes.  While it does not (a reader that stalls,
+    Ctrl-S), lines wait here, and those beyond `max_waiting` bytes are lost.  A full disk or a
+    closed pipe loses lines too.  tell(text) is called at the first error, and with the number of
+    lost lines when writing works again, or at the end.
 
     Windows has no poll() for files: there a paused console makes the server wait.
     """
 
-    most = 1 << 20  # bytes that may wait
+    max_waiting = 1 << 20  # bytes
 
     def __init__(self, fd: int, tell: Callable[[str], Any]) -> None:
         self.fd, self.tell = fd, tell
@@ -698,7 +728,7 @@ class Log:
         self.lost = 0  # lines that tell() has not heard of
         self.poll: Any = None
         if hasattr(select, "poll") and not stat.S_ISREG(os.fstat(fd).st_mode):
-            self.fd = own_terminal(fd)
+            self.fd = open_nonblocking(fd)
             self.poll = select.poll()
             self.poll.register(self.fd, select.POLLOUT)
 
@@ -721,8 +751,8 @@ class Log:
             pass
         except OSError as error:
             self.give_up(error)
-        if len(self.waiting) > self.most:
-            end = self.waiting.rfind(b"\n", 0, self.most) + 1
+        if len(self.waiting) > self.max_waiting:
+            end = self.waiting.rfind(b"\n", 0, self.max_waiting) + 1
             self.lost += self.waiting.count(b"\n", end)
             self.waiting = self.waiting[:end]
         if self.lost and not self.waiting and not self.faulty:
@@ -733,7 +763,7 @@ class Log:
         if not self.faulty:
             self.tell(f"the log cannot be written, redirects go on without it: {error.strerror}")
         self.faulty = True
-        # A newline at the very beginning ends a line that is there, except for this end.
+        # A newline at the very beginning only ends a line that is already written.
         self.lost += self.waiting.lstrip(b"\n").count(b"\n")
         self.waiting = b"\n" if self.within_line else b""
 
@@ -744,7 +774,7 @@ class Log:
     def close(self) -> None:
         """Write what is left, but do not wait for a reader that stalls."""
         self.flush()
-        if self.waiting and self.poll.poll(500):
+        if self.waiting and self.poll is not None and self.poll.poll(500):
             self.flush()
         self.lost += self.waiting.lstrip(b"\n").count(b"\n")
         if self.lost:
@@ -764,36 +794,46 @@ def error_line(client: str, text: str) -> str:
 
 # ---- The listener --------------------------------------------------------------------
 
-# Theory of operation.  One thread and one selector serve all connections, by turns.  In a turn
-# the server asks which sockets are ready.  Some 24 of them at a time take each step together:
-# all receive, then all reply, then all send.  (One after the other, the interpreter loses what
-# the processor had cached with each system call: replying then takes twice the time.)
+# Theory of operation.  One thread and one selector serve all connections.  In each turn the
+# server asks which sockets are ready, and serves them in batches of 24: all receive, then all
+# reply, then all send.  (One connection after the other takes twice the time for a reply: each
+# system call evicts the interpreter's data from the processor's cache.)
 #
-# A handler is one connection, in one of four states, which only the handler changes:
+# A handler is one connection, in one of four states.  Its own methods change them; the server
+# sets only DONE, in drop().
 #
 #   READING    waits for a request, or for the rest of its head
-#   WRITING    waits until the client takes more: it has bytes to send, or whole requests left to
-#              answer after its share of this turn
-#   DRAINING   its last answer is sent.  The client may still be sending; to close now would
+#   WRITING    waits until the client takes more: there are bytes to send, or whole requests left
+#              to answer after its max_replies of this turn
+#   DRAINING   its last answer is sent, but the client may still be sending.  To close now would
 #              reset the connection, and the client would lose the answer.  Reads and drops.
-#   DONE       the server closes the socket at the end of the step
+#   DONE       the server closes the socket at the end of the batch
 #
-#   READING <-> WRITING -> DRAINING -> DONE; a client that goes away leads to DONE from each
+#   READING <-> WRITING                    while there are requests
+#   READING, WRITING -> DONE               the last answer is sent, the client sends nothing more
+#   READING, WRITING -> DRAINING -> DONE   the same, but the client may still be sending
+#   any -> DONE                            the client has gone, or drop()
+#
+# receive() only fills `incoming`, reply() only moves whole requests from there to `outgoing`,
+# and send() only empties `outgoing` and chooses the next state.  Each may be called in any state.
 #
 # Each wait has a deadline: for a whole head, however slowly it comes; from an answer to the next
-# request; for the client to take its answers; for the drain.  Only time.monotonic() counts.
+# request; for the client to take its answers; for the drain.  Deadlines use time.monotonic(); the
+# wall clock serves only the Date field and the logs.
 #
-# The server keeps the open connections in the order of their last progress, and apart those that
-# hold bytes, with how many.  Beyond max_connections, the connection without progress for the
-# longest time is closed for a new one.  Beyond max_bytes, so is the one that has held bytes for
-# the longest time.  Without file descriptors, one is closed for the next client; without other
-# resources, accepting rests a moment.  An exception in one connection costs that connection.
+# The server keeps two ordered lists: all open connections, by their last progress; and those that
+# hold bytes, with how many.  When there are more than max_connections, it closes the one without
+# progress for the longest time.  When they hold more than max_bytes, it closes the one that has
+# held bytes for the longest time.  When file descriptors run out, it closes one for the next
+# client; when another resource runs out, it stops accepting for 10 ms.  An exception in one
+# connection closes only that connection.
 #
-# A new client is accepted and served at once; most requests are answered and closed in the same
-# turn, and the selector never hears of them.  TCP_DEFER_ACCEPT, where there is one, keeps a
-# client that says nothing in the kernel, and saves a quarter of the time of the others.
+# A new client is served as soon as it is accepted.  Most requests are answered and closed in that
+# same step, and the selector never hears of them.  TCP_DEFER_ACCEPT, where there is one, keeps a
+# client that says nothing in the kernel, and saves a quarter of the time for the others.
 #
-# Why not asyncio or threads: they cost three to six times the processor time for each request.
+# Why not asyncio or threads: they take three to six times the processor time for each request.
+# Why not logging: its handlers wait for a reader that stalls.
 
 READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
 
@@ -805,7 +845,7 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
     write FOLDER/TOKEN.  It must be a regular file, not a link, of at most 64 KiB.
     """
     for path in (folder + ACME_PREFIX + token, os.path.join(folder, token)):
-        # Neither a link nor a FIFO may be followed, should one replace the file after lstat().
+        # Neither a link nor a FIFO may be opened, should one replace the file after lstat().
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_BINARY", 0)
         with contextlib.suppress(OSError):
@@ -813,45 +853,53 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
                 continue
             with open(os.open(path, flags), "rb") as file:
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    data = file.read(MAX_TOKEN + 1)
-                    return data if len(data) <= MAX_TOKEN else None
+                    data = file.read(MAX_TOKEN_FILE + 1)
+                    return data if len(data) <= MAX_TOKEN_FILE else None
     return None
 
 
+def client_host(client_address: Any) -> str:
+    """Return the address of a client as logs have it."""
+    host = str(client_address[0])
+    return host[7:] if host.startswith("::ffff:") else host  # IPv4 on an IPv6 socket
+
+
 class RedirectHandler(BaseHTTPRequestHandler):
-    """Redirects every request of one connection by a rule: the server's, or its own.
+    """Redirects every request of one connection, by the server's rule or else by its own.
 
     Under a stock ThreadingHTTPServer, handle() serves the connection to its end.  A
     RedirectServer's sockets do not block: it calls receive(), reply() and send() itself.
 
     The server's `access_log` and `error_log`, where it has them, get lines by write(str).
+    parse_request() is not used: it decodes, and takes a lone CR for the end of a line.
     send_error() and the other methods that write to `wfile` do not work here.
     """
 
     rule = RedirectRule()
-    head_seconds = 10.0  # for a whole request head
-    idle_seconds = 15.0  # from an answer to the next request, or for the client to take it
+    head_seconds = 10.0  # for a whole head; also to take answers while further requests wait
+    idle_seconds = 15.0  # from an answer to the next request; also to take the answer
     drain_seconds = 5.0  # for what the client still sends after its last answer
-    drain_most = 1 << 25  # bytes of it
-    receive_most = 8192  # bytes in one step
-    reply_most = 8  # answers in one step, before it is the turn of others
-    outgoing_most = 64 * 1024  # bytes; beyond, the client has to take some first
+    max_drained = 32 * 1024 * 1024  # bytes of that
+    max_received = 8192  # bytes in one step
+    max_replies = 8  # in one step
+    max_outgoing = 64 * 1024  # bytes; beyond, the client has to take some first
 
     state = READING
     incoming = b""  # not answered yet
     outgoing = b""  # not sent yet
-    idle = False  # whether it has answered all that has come
+    between_requests = False  # whether the next byte begins a new head
     last = False  # whether the next answer is the last, since the server stops
-    unread = False  # whether the client may still be sending
+    may_send_more = False  # whether the client may still be sending after the last answer
     drained = 0  # bytes
     registered = 0  # the event that the server's selector waits for
 
     def setup(self) -> None:
-        self.rule = getattr(self.server, "rule", None) or self.rule
-        self.access_log = getattr(self.server, "access_log", None)
-        self.error_log = getattr(self.server, "error_log", None)
-        self.client = self.address_string()
-        self.last = getattr(self.server, "stopping", False)
+        server = self.server
+        self.rule = getattr(server, "rule", None) or self.rule
+        self.access_log = getattr(server, "access_log", None)
+        self.error_log = getattr(server, "error_log", None)
+        self.last = getattr(server, "stopping", False)
+        self.client = client_host(self.client_address)
         self.close_connection = False
         self.deadline = time.monotonic() + self.head_seconds
 
@@ -878,7 +926,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         if self.state == WRITING:
             return
         try:
-            data = self.request.recv(self.receive_most)
+            data = self.request.recv(self.max_received)
         except BlockingIOError:
             return
         except OSError:  # it is gone, or too slow for a blocking socket
@@ -887,17 +935,17 @@ class RedirectHandler(BaseHTTPRequestHandler):
             self.state = DONE
         elif self.state == READING:
             self.incoming += data
-            self.unread = len(data) == self.receive_most
+            self.may_send_more = len(data) == self.max_received
         else:
             self.drained += len(data)
-            if self.drained > self.drain_most:
+            if self.drained > self.max_drained:
                 self.state = DONE
 
     def reply(self) -> None:
         """Answer the whole requests that have come, or some of them, into `outgoing`."""
         if self.outgoing or not self.incoming:
             return
-        for _ in range(self.reply_most):
+        for _ in range(self.max_replies):
             end = head_end(self.incoming)
             if not end:
                 break
@@ -905,11 +953,12 @@ class RedirectHandler(BaseHTTPRequestHandler):
             self.reply_to(head)
             if self.close_connection or not self.incoming:
                 break
-            if len(self.outgoing) > self.outgoing_most:
+            if len(self.outgoing) > self.max_outgoing:
                 break
-        if self.outgoing or self.idle:
-            self.idle = not self.incoming
-            seconds = self.idle_seconds if self.idle else self.head_seconds
+        if self.outgoing or self.between_requests:
+            # A new wait begins: after an answer, or with the first bytes of the next head.
+            self.between_requests = not self.incoming
+            seconds = self.idle_seconds if self.between_requests else self.head_seconds
             self.deadline = time.monotonic() + seconds
 
     def reply_to(self, head: bytes) -> Answer:
@@ -919,17 +968,17 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.outgoing += result.response
         if result.close:
             self.close_connection = True
-            self.unread |= result.unread or self.last
-        if self.access_log is not None and result.response:
+            # At a stop, a kept connection may be sending its next request.
+            if result.more_to_come or self.last:
+                self.may_send_more = True
+        if self.access_log is not None and result.response:  # TLS is only in the error log
             self.access_log.write(f"{self.client} - - [{log_date}] {result.log}\n")
         if result.refusal:
             self.log_error("refused: %s", result.refusal)
         return result
 
     def send(self) -> None:
-        """Send what there is to send, and find the next state."""
-        if self.state in (DRAINING, DONE):
-            return
+        """Send what there is to send, and choose the next state."""
         if self.outgoing:
             try:
                 self.outgoing = self.outgoing[self.request.send(self.outgoing) :]
@@ -938,29 +987,33 @@ class RedirectHandler(BaseHTTPRequestHandler):
             except OSError:
                 self.state = DONE
                 return
+        if self.state in (DRAINING, DONE):
+            return
         if self.outgoing:
             self.state = WRITING
         elif self.close_connection:
-            self.end()
+            self.close_or_drain()
         else:
             self.state = WRITING if head_end(self.incoming) else READING
 
-    def end(self) -> None:
-        """Close after the last answer, or drain first where the client may still be sending."""
+    def close_or_drain(self) -> None:
+        """End after the last answer; first drain where the client may still be sending."""
         self.state = DONE
-        if self.unread or self.incoming:
-            self.incoming = b""
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_WR)
-                self.state = DRAINING
-                self.deadline = time.monotonic() + self.drain_seconds
+        if not (self.may_send_more or self.incoming):
+            return
+        self.incoming = b""
+        try:
+            self.request.shutdown(socket.SHUT_WR)
+        except OSError:  # the client has gone
+            return
+        self.state = DRAINING
+        self.deadline = time.monotonic() + self.drain_seconds
 
     def find_token(self, token: str) -> Optional[bytes]:
         return read_token(self.rule.acme_dir, token)
 
     def address_string(self) -> str:
-        host = str(self.client_address[0])
-        return host[7:] if host.startswith("::ffff:") else host  # IPv4 on an IPv6 socket
+        return self.client
 
     def log_error(self, format: str, *args: Any) -> None:
         if self.error_log is not None:
@@ -973,12 +1026,14 @@ class AnyFamilyServer(HTTPServer):
     # On Windows, SO_REUSEADDR would let a second server take the port of the first one.
     allow_reuse_address = sys.platform != "win32"
 
-    def __init__(self, server_address: Address, *settings: Any) -> None:
+    def __init__(
+        self, server_address: Address, handler: Any, bind_and_activate: bool = True
+    ) -> None:
         host, port = server_address
         if host == "" and socket.has_ipv6:
             try:
                 self.address_family = socket.AF_INET6
-                super().__init__(("::", port), *settings)
+                super().__init__(("::", port), handler, bind_and_activate)
                 return
             except OSError as error:
                 no_ipv6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
@@ -986,7 +1041,7 @@ class AnyFamilyServer(HTTPServer):
                     raise
         info = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
-        super().__init__(info[4], *settings)  # type: ignore[arg-type]
+        super().__init__(info[4], handler, bind_and_activate)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -1025,10 +1080,12 @@ class RedirectServer(AnyFamilyServer):
 
     request_queue_size = 4096  # what Linux allows by default (net.core.somaxconn)
     grace_seconds = 2.0  # after a stop, for requests that are under way
-    together = 24  # connections that take a step together
-    writers_most = 96  # connections in one turn that wait to send
-    max_bytes = 16 * 1024 * 1024  # of heads that are not whole, and of answers that are not sent
+    late_seconds = 0.2  # after a stop, for what clients sent before it
     sweep_seconds = 0.25  # from one look for overdue connections to the next
+    max_batch = 24  # connections that take each step together
+    max_writers = 96  # connections served in one turn that wait to send
+    max_overdue = 64  # connections closed in one turn because they are overdue
+    max_bytes = 16 * 1024 * 1024  # of requests that are not answered and answers not sent, in all
     rule: Optional[RedirectRule] = None
 
     def __init__(
@@ -1046,13 +1103,14 @@ class RedirectServer(AnyFamilyServer):
             self.rule = rule
         self.max_connections = max_connections
         self.access_log, self.error_log = access_log, error_log
-        # The open connections, that without progress for the longest time first, and the
-        # deadline of each when it made progress.
+        # The open connections, each with its deadline at its last progress; the one without
+        # progress for the longest time is first.
         self.connections: "OrderedDict[RedirectHandler, float]" = OrderedDict()
-        # Those that hold bytes, and how many; the one that has held some the longest first.
+        # Those that hold bytes, with how many; the one that has held some for the longest time
+        # is first.
         self.holding: "OrderedDict[RedirectHandler, int]" = OrderedDict()
         self.held_bytes = 0  # by all of them
-        self.accepted: List[RedirectHandler] = []  # in this step
+        self.accepted: List[RedirectHandler] = []  # in this batch
         self.next_sweep = 0.0
         self.stopping = False
         self.stopped = threading.Event()
@@ -1077,8 +1135,8 @@ class RedirectServer(AnyFamilyServer):
         finally:
             for handler in list(self.connections):
                 self.drop(handler)
+            self.flush_logs()
             self.selector.close()
-            self.stopping = False
             self.stopped.set()
 
     def stop(self) -> None:
@@ -1090,7 +1148,8 @@ class RedirectServer(AnyFamilyServer):
 
     def wind_up(self) -> None:
         """Accept the clients that have come, then no more, and let requests under way end."""
-        for _ in range(self.request_queue_size // self.together):
+        # At most a full queue: under a flood there is always one more.
+        for _ in range(self.request_queue_size // self.max_batch):
             if not self.accept():
                 break
         self.selector.unregister(self.socket)
@@ -1103,22 +1162,22 @@ class RedirectServer(AnyFamilyServer):
             busy = any(
                 one.incoming or one.outgoing or one.state == DRAINING for one in self.connections
             )
-            # What a client sent before the stop has come by then.
-            if not busy and time.monotonic() > start + 0.2:
+            if not busy and time.monotonic() > start + self.late_seconds:
                 break
 
     def turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them."""
-        # The time before the wait: what came while the process was held up is not overdue.
+        # Taken before the wait: after a suspension, what has arrived is read before anything is
+        # called overdue.
         now = time.monotonic()
         try:
             events = self.selector.select(max(0, min(timeout, self.next_sweep - now)))
             # The listening socket has no handler.
             ready = [key.data for key, _ in events if key.data]
-            if len(ready) < len(events) and not self.stopping:
+            if len(ready) < len(events):
                 self.accept()
-            for start, handlers in enumerate(self.shares(ready)):
-                if start and not self.stopping:
+            for number, handlers in enumerate(self.batches(ready)):
+                if number and not self.stopping:  # after a stop, its socket is closed
                     self.accept()  # new clients do not wait for a crowd of others
                 self.serve(handlers)
             if now >= self.next_sweep:
@@ -1128,31 +1187,26 @@ class RedirectServer(AnyFamilyServer):
             self.handle_error(None, ("-", 0))
             time.sleep(0.01)
 
-    def shares(self, ready: List[RedirectHandler]) -> Iterator[List[RedirectHandler]]:
+    def batches(self, ready: List[RedirectHandler]) -> Iterator[List[RedirectHandler]]:
         """Divide the handlers that are ready into those that take their steps together.
 
-        A client that sends hundreds of requests at once is ready to be sent to all the time.  Of
-        such ones only some have a turn, those that have waited longest first.
+        A client that sends hundreds of requests at once can be sent to all the time.  Of such
+        connections only some are served in a turn, those with the earliest deadlines.
         """
-        readers = [handler for handler in ready if handler.state != WRITING]
-        if len(readers) < len(ready):
+        chosen = [handler for handler in ready if handler.state != WRITING]
+        if len(chosen) < len(ready):
             writers = [handler for handler in ready if handler.state == WRITING]
             writers.sort(key=lambda handler: handler.deadline)
-            readers += writers[: self.writers_most]
-        for start in range(0, len(readers), self.together):
-            yield readers[start : start + self.together]
+            chosen += writers[: self.max_writers]
+        for start in range(0, len(chosen), self.max_batch):
+            yield chosen[start : start + self.max_batch]
 
     def sweep(self, now: float) -> None:
         """Drop connections that are overdue, a few at a time: others do not wait for a crowd."""
-        overdue = []
-        for handler in self.connections:
-            if handler.deadline < now:
-                overdue.append(handler)
-                if len(overdue) == 64:
-                    break
-        self.next_sweep = now if len(overdue) == 64 else now + self.sweep_seconds
-        for handler in overdue:
-            if handler.state == READING and handler.incoming.strip():
+        overdue = [handler for handler in self.connections if handler.deadline < now]
+        self.next_sweep = now if len(overdue) > self.max_overdue else now + self.sweep_seconds
+        for handler in overdue[: self.max_overdue]:
+            if handler.state == READING and handler.incoming.strip():  # an empty line is nothing
                 handler.log_error("refused: no whole request head in time")
             self.drop(handler)
 
@@ -1166,17 +1220,19 @@ class RedirectServer(AnyFamilyServer):
 
     def accept(self) -> bool:
         """Accept a few clients and serve them; return whether there may be more."""
-        self.accepted = []
-        for _ in range(self.together):
+        self.accepted, more = [], True
+        for _ in range(self.max_batch):
             try:
                 request, client_address = self.get_request()
             except BlockingIOError:
+                more = False
                 break
             except OSError as error:
                 if error.errno in NO_DESCRIPTORS + NO_RESOURCES:
                     self.make_room(error.errno)
+                    more = False
                     break
-                continue  # that client is gone already
+                continue  # that client has gone already
             try:
                 if self.verify_request(request, client_address):
                     self.process_request(request, client_address)
@@ -1186,20 +1242,22 @@ class RedirectServer(AnyFamilyServer):
                 self.handle_error(request, client_address)
                 self.close_request(request)
         self.serve(self.accepted)
-        return len(self.accepted) == self.together
+        return more
 
-    def make_room(self, number: int) -> None:
-        """Accepting failed with this errno: close a connection for the next client, or rest."""
+    def make_room(self, error_number: Optional[int]) -> None:
+        """After accept() failed with this errno, close a connection for the next client, or pause."""
         if self.accepted:
             return  # most of these end at once, and give their descriptors back
-        if number in NO_DESCRIPTORS and self.connections:
+        if error_number in NO_DESCRIPTORS and self.connections:
             self.drop(next(iter(self.connections)))
         else:
             time.sleep(0.01)  # or the loop would spin
 
     def process_request(self, request: Any, client_address: Any) -> None:
         request.setblocking(False)
-        self.accepted.append(self.RequestHandlerClass(request, client_address, self))  # type: ignore
+        # The constructor calls setup(), and handle(), which leaves a non-blocking socket alone.
+        handler = self.RequestHandlerClass(request, client_address, self)
+        self.accepted.append(handler)  # type: ignore[arg-type]
 
     def serve(self, handlers: List[RedirectHandler]) -> None:
         """Take each step with all of these; an exception costs its own connection."""
@@ -1215,9 +1273,11 @@ class RedirectServer(AnyFamilyServer):
                     self.settle(handler)
                 return
             except Exception:
+                # handler is the one that failed.  The steps begin again for the others, which
+                # does no harm: receive() finds nothing new, reply() and send() nothing to do.
                 self.handle_error(handler.request, handler.client_address)
                 self.drop(handler)
-                handlers.remove(handler)  # the others go on: a step that is done does no harm
+                handlers.remove(handler)
 
     def settle(self, handler: RedirectHandler) -> None:
         """Close a connection that is done; keep account of another one."""
@@ -1231,33 +1291,35 @@ class RedirectServer(AnyFamilyServer):
             else:
                 self.selector.register(handler.request, event, handler)
             handler.registered = event
+        # A new deadline means progress: this connection is the last to be closed for another.
         if self.connections.get(handler) != handler.deadline:
             self.connections[handler] = handler.deadline
             self.connections.move_to_end(handler)
             if len(self.connections) > self.max_connections:
                 self.drop(next(iter(self.connections)))
-        if handler.incoming or handler.outgoing or self.holding:
-            self.hold(handler, len(handler.incoming) + len(handler.outgoing))
+        if handler.incoming or handler.outgoing or handler in self.holding:
+            self.note_bytes(handler)
+            while self.held_bytes > self.max_bytes:
+                self.drop(next(iter(self.holding)))
 
-    def hold(self, handler: RedirectHandler, size: int) -> None:
-        """Keep account of the bytes that a connection holds; beyond the budget, close one."""
+    def note_bytes(self, handler: RedirectHandler) -> None:
+        """Note how many bytes a connection holds."""
+        size = len(handler.incoming) + len(handler.outgoing)
         self.held_bytes += size - self.holding.get(handler, 0)
         if size:
             self.holding[handler] = size
         else:
             self.holding.pop(handler, None)
-        if self.held_bytes > self.max_bytes:
-            self.drop(next(iter(self.holding)))
 
     def drop(self, handler: RedirectHandler) -> None:
-        """Close a connection; its bytes are free at once."""
+        """Close a connection; its bytes are free at once.  To drop one twice does no harm."""
+        handler.state, handler.incoming, handler.outgoing = DONE, b"", b""
         if handler.registered:
             handler.registered = 0
             self.connections.pop(handler, None)
-            self.hold(handler, 0)
+            self.note_bytes(handler)
             with contextlib.suppress(KeyError, ValueError):  # a handler has closed it itself
                 self.selector.unregister(handler.request)
-        handler.state, handler.incoming, handler.outgoing = DONE, b"", b""
         try:
             if handler.request.fileno() >= 0:
                 self.close_request(handler.request)
@@ -1269,7 +1331,7 @@ class RedirectServer(AnyFamilyServer):
         text = log_escape(repr(sys.exc_info()[1]))
         with contextlib.suppress(Exception):  # a log that fails does not end the server
             log = sys.stderr if self.error_log is None else self.error_log
-            log.write(error_line(client_address[0], f"error: {text}"))
+            log.write(error_line(client_host(client_address), f"error: {text}"))
 
 
 # ---- The article --------------------------------------------------------------------
@@ -1448,8 +1510,8 @@ def article_recipe(version: int, rule: RedirectRule, port: int) -> List[Part]:
 
 # ---- The stub ------------------------------------------------------------------------
 
-# Only for loopback addresses: everybody has this key.  It is no CA, so to trust it is to trust it
-# for localhost and nothing else.  It was made by:
+# Only for loopback addresses: anyone can read this key.  The certificate is not a CA: to trust it
+# is to trust it for localhost only.  It was made by:
 #   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -keyout - \
 #     -not_before 20000101000000Z -not_after 99991231235959Z -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
 #     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature \
@@ -1552,7 +1614,7 @@ class ThreadingServer(ThreadingMixIn, AnyFamilyServer):
 def pem_trouble(error: OSError) -> str:
     """Return what is wrong with a file of certificates or keys, without OpenSSL's own words."""
     if isinstance(error, ssl.SSLError):
-        return "not what it should be, in PEM"
+        return "not a PEM certificate with its key"
     return error.strerror or str(error)
 
 
@@ -1587,8 +1649,9 @@ class StubServer(ThreadingServer):
     def use_embedded_certificate(self, host: str) -> None:
         if host != "localhost" and not (is_address(host) and ip_address(host).is_loopback):
             raise RuleError(f"{host!a} is not a loopback address: everybody has the embedded key")
-        # No browser keeps it: RFC 6797 section 8.1, the certificate is not trusted.
-        self.fields = [("Strict-Transport-Security", "max-age=31536000")]
+        # A fine HTTPS site has it.  For a minute only: else who trusts the certificate could not
+        # open the demo's plain HTTP any more.
+        self.fields = [("Strict-Transport-Security", "max-age=60")]
         with tempfile.TemporaryDirectory() as folder:  # ssl takes a key only from a file
             name = os.path.join(folder, "stub.pem")
             with open(name, "w") as file:
@@ -2606,7 +2669,7 @@ class DemoHandler(RedirectHandler):
 
     def reply_to(self, head: bytes) -> Answer:
         result = super().reply_to(head)
-        self.server.tell(result)  # type: ignore[attr-defined]
+        self.server.on_answer(result)  # type: ignore[attr-defined]
         return result
 
 
@@ -2615,13 +2678,13 @@ class Demo:
 
     def __init__(self) -> None:
         self.port = 0  # of plain HTTP
-        self.last: Optional[Answer] = None  # the redirect that the stub's page has not told of
+        self.untold: Optional[Answer] = None  # the redirect that the stub's page has not shown
 
     def tell_plain(self, result: Answer) -> None:
         if result.location:
-            self.last = result
+            self.untold = result
         outcome = result.location or result.refusal
-        target = log_escape(result.target) or "(malformed)"
+        target = log_escape(result.target) or "-"
         print(f"http   {target}  {result.status} {outcome}", flush=True)
 
     def tell_secure(self, line: str) -> None:
@@ -2629,16 +2692,16 @@ class Demo:
 
     def story(self, host: str) -> Story:
         """Return how the browser came to the stub at this Host."""
-        last, self.last = self.last, None
-        if last is None:
+        untold, self.untold = self.untold, None
+        if untold is None:
             return [("You came straight here: nothing was redirected.", f"https://{host}")]
-        name = host.partition(":")[0]
-        typed = f"http://{with_port(name, self.port, 80)}{last.target}"
+        name = host.partition(":")[0]  # never IPv6: the demo listens on 127.0.0.1
+        typed = f"http://{with_port(name, self.port, 80)}{untold.target}"
         return [
             ("You typed an address without https.", typed),
             (
                 "owahttps answered with a redirect.",
-                f"HTTP/1.1 {last.status} {PHRASES[last.status]}\nLocation: {last.location}",
+                f"HTTP/1.1 {untold.status} {PHRASES[untold.status]}\nLocation: {untold.location}",
             ),
         ]
 
@@ -4414,7 +4477,7 @@ def plain_server(args: argparse.Namespace, rule: RedirectRule, demo: Demo) -> An
         server.tell = lambda line: print(f"http   {line}", flush=True)
     else:
         server = next_free(args.port, RedirectServer, DemoHandler, rule=rule)
-        server.tell = demo.tell_plain
+        server.on_answer = demo.tell_plain
     return server
 
 
