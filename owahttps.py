@@ -884,24 +884,21 @@ class RedirectHandler(BaseHTTPRequestHandler):
     max_replies = 8  # in one step
     max_outgoing = 64 * 1024  # bytes; beyond, the client has to take some first
 
-    state = READING
-    incoming = b""  # not answered yet
-    outgoing = b""  # not sent yet
-    between_requests = False  # whether the next byte begins a new head
-    last = False  # whether the next answer is the last, since the server stops
-    may_send_more = False  # whether the client may still be sending after the last answer
-    drained = 0  # bytes
-    registered = 0  # the event that the server's selector waits for
-
     def setup(self) -> None:
-        server = self.server
-        self.rule = getattr(server, "rule", None) or self.rule
-        self.access_log = getattr(server, "access_log", None)
-        self.error_log = getattr(server, "error_log", None)
-        self.last = getattr(server, "stopping", False)
+        self.rule = getattr(self.server, "rule", None) or self.rule
+        self.access_log = getattr(self.server, "access_log", None)
+        self.error_log = getattr(self.server, "error_log", None)
         self.client = client_host(self.client_address)
-        self.close_connection = False
+        self.state = READING
         self.deadline = time.monotonic() + self.head_seconds
+        self.incoming = b""  # not answered yet
+        self.outgoing = b""  # not sent yet
+        self.between_requests = False  # whether the next byte begins a new head
+        self.last = getattr(self.server, "stopping", False)  # whether the next answer is the last
+        self.close_connection = False  # whether it was
+        self.may_send_more = False  # whether the client may still be sending then
+        self.drained = 0  # bytes
+        self.registered = 0  # the event that the server's selector waits for
 
     def finish(self) -> None:
         """Leave the socket to the server, which closes it."""
