@@ -58,7 +58,7 @@ from collections import OrderedDict
 from email.utils import formatdate, mktime_tz, parsedate_tz
 from functools import lru_cache
 from glob import glob
-from html import escape, unescape
+from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
 from socketserver import TCPServer, ThreadingMixIn
@@ -3001,6 +3001,7 @@ class Url(NamedTuple):
 # WHATWG URL section 1.3: what browsers percent-encode in a path, and in a query.
 ENCODED_IN_PATH = re.compile(r'[\x00-\x20"<>^`{}\x7f-\xff]')
 ENCODED_IN_QUERY = re.compile(r"[\x00-\x20\"<>'\x7f-\xff]")
+C0_AND_BLANK = "".join(chr(code) for code in range(0x21))
 # RFC 3986 section 2: what no URI has; a "%" only begins an encoded byte.
 OUTSIDE_URI = re.compile(r"[^!#$&'()*+,./0-9:;=?@A-Z\[\]_a-z~%-]|%(?![0-9A-Fa-f]{2})")
 
@@ -3013,6 +3014,8 @@ def ascii_name(name: str) -> str:
     """
     if all(character < "\x80" for character in name):
         return name
+    if len(name) > 253:  # the codec's time grows with the square of it
+        raise HostError(f"{name[:300]!a} is longer than the 253 characters of a server name")
     name = unicodedata.normalize("NFKC", name.lower()).replace("\u3002", ".")
     labels = []
     for label in name.split("."):
@@ -3024,9 +3027,10 @@ def ascii_name(name: str) -> str:
 
 def browser_authority(text: str) -> Tuple[str, int]:
     """Take "user@name:port" apart as browsers do; HostError or ValueError if it is no host."""
-    host, _, port = text.rpartition("@")[2].partition(":")
-    if text.rpartition("@")[2].startswith("["):
-        return split_authority(text.rpartition("@")[2])
+    text = text.rpartition("@")[2]
+    if text.startswith("["):
+        return split_authority(text)
+    host, _, port = text.partition(":")
     name = ascii_name(unquote_to_bytes(host.encode("latin-1")).decode("utf-8"))
     if ENDS_IN_NUMBER.fullmatch(name.lower()):
         try:
@@ -3057,7 +3061,7 @@ def resolve(text: str, base: Url) -> Url:
     Each character of the text is a byte.  ValueError: a browser shows an error, or the scheme
     is another one.
     """
-    text = re.sub(r"[\t\r\n]", "", text.strip("".join(map(chr, range(0x21))))).partition("#")[0]
+    text = re.sub(r"[\t\r\n]", "", text.strip(C0_AND_BLANK)).partition("#")[0]
     scheme = base.scheme
     name, port = base.name, base.port
     match = re.match("([A-Za-z][A-Za-z0-9+.-]*):", text)
@@ -3169,6 +3173,17 @@ def read_cookie(field: str, url: Url) -> Optional[Cookie]:
     )
 
 
+def goes_to(cookie: Cookie, url: Url) -> bool:
+    """Return whether a browser sends a cookie to url (RFC 6265 sections 5.1 and 5.4)."""
+    if cookie.secure and url.scheme == "http":
+        return False
+    below = not cookie.host_only and url.name.endswith("." + cookie.domain)
+    if url.name != cookie.domain and not below:
+        return False
+    path = url.target.partition("?")[0]
+    return path == cookie.path or path.startswith(cookie.path.rstrip("/") + "/")
+
+
 class CookieJar:
     """The cookies of one chain of redirects."""
 
@@ -3188,20 +3203,9 @@ class CookieJar:
                 self.cookies[key] = cookie
 
     def header(self, url: Url) -> str:
-        """Return the value of the Cookie field for url (RFC 6265 section 5.4)."""
-        path = url.target.partition("?")[0] + "/"
-        pairs = []
-        for cookie in self.cookies.values():
-            below = cookie.domain == url.name or (
-                not cookie.host_only and url.name.endswith("." + cookie.domain)
-            )
-            if (
-                below
-                and path.startswith(cookie.path.rstrip("/") + "/")
-                and (url.scheme == "https" or not cookie.secure)
-            ):
-                pairs.append(f"{cookie.name}={cookie.value}")
-        return "; ".join(pairs)
+        """Return the value of the Cookie field for url."""
+        sent = [cookie for cookie in self.cookies.values() if goes_to(cookie, url)]
+        return "; ".join(f"{cookie.name}={cookie.value}" for cookie in sent)
 
 
 class Hsts(NamedTuple):
@@ -3246,7 +3250,7 @@ def meta_refresh(response: Response) -> str:
     for tag in META.findall(text_of(response)):
         match = REFRESH_URL.search(tag)
         if match and REFRESH.search(tag):
-            return unescape(match.group(1))
+            return match.group(1).replace("&amp;", "&")
     return ""
 
 
@@ -3263,21 +3267,27 @@ def final_response(data: bytes) -> Optional[Response]:
     return response
 
 
-def has_come(data: bytes, url: Url) -> Any:
+def has_come(data: bytes, url: Url) -> bool:
     """Return whether enough of an answer has come.  Only some pages are read beyond their head."""
     response = final_response(data)
-    if response is None or response.complete or is_redirect(response):
-        return response
+    if response is None:
+        return False
+    if response.complete or is_redirect(response):
+        return True
     return url.scheme == "https" and response.status not in (400, 421)
 
 
 # ---- The check: TLS ------------------------------------------------------------------
 
-# What Chromium and Firefox offer in TLS 1.2.  OpenSSL's DEFAULT is another set (it has DHE and
-# CBC with SHA-384, which browsers refuse), and Python's own differs from version to version.
-BROWSER_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:RSA+AESGCM:ECDHE+AES+SHA1:RSA+AES+SHA1"
+# What Chromium offers in TLS 1.2, tried one by one; Firefox has little more.  OpenSSL's DEFAULT is
+# another set: it has DHE, and CBC with ECDSA or SHA-384, which Chromium refuses.  Python's own set
+# differs from version to version.
+BROWSER_CIPHERS = (
+    "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE-RSA-AES128-SHA:ECDHE-RSA-AES256-SHA:"
+    "RSA+AESGCM:AES128-SHA:AES256-SHA"
+)
 if not ssl.OPENSSL_VERSION.startswith("LibreSSL"):
-    # No SHA-1 signatures, keys of 1024 bits and more: as browsers, whatever openssl.cnf says.
+    # No SHA-1 signatures, and keys of 1024 bits or more, whatever openssl.cnf says.
     BROWSER_CIPHERS += ":@SECLEVEL=1"
 # Constants of OpenSSL that Python names late (3.12, 3.10) or not at all.
 OP_LEGACY_SERVER_CONNECT = 0x4
@@ -3390,7 +3400,8 @@ def reason(error: Exception) -> str:
     """Return why something failed, for a sentence."""
     if is_timeout(error):
         return "no answer in time"
-    return getattr(error, "strerror", "") or str(error)
+    text = getattr(error, "strerror", "") or str(error)
+    return re.sub(r"^\[SSL[^]]*\] | \(_ssl\.c:[0-9]+\)$", "", text)
 
 
 def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
@@ -3439,6 +3450,7 @@ class Site:
         self.deadline = time.monotonic() + TARGET_TIME_OUTS * seconds
         self.context = tls_context(trust)
         self.addresses: List[Address] = []
+        self.others: Dict[str, List[Address]] = {}  # by origin, of other names
         self.hops: List[Hop] = []
         # By id: the values of its sentence, and the (URL, address) pairs it was seen at.
         self.values: Dict[str, Dict[str, Any]] = {}
@@ -3482,15 +3494,17 @@ class Site:
         except OSError as error:
             self.found("host-unknown", ask.name, error=reason(error))
             return
+        alive: List[Address] = []
         dead: Dict[Address, OSError] = {}
         for address in self.addresses:
+            failure = Visit(self, address).run()
             if self.is_over():
                 self.cut_short()
                 break
-            failure = Visit(self, address).run()
             if failure:
                 dead[address] = failure
-        alive = [address for address in self.addresses if address not in dead]
+            else:
+                alive.append(address)
         for address, failure in dead.items():
             self.judge_dead(address, failure, alive)
 
@@ -3505,7 +3519,7 @@ class Site:
         refused = isinstance(error, ConnectionError)
         host = address[0]
         if error.errno in NO_WAY or (other_answers and not refused):
-            self.found("address-unreachable", host, host, error=reason(error))
+            self.found("address-unreachable", host, error=reason(error))
         else:
             self.found("http-no-answer", str(self.plain), host, error=reason(error))
             origin = self.secure.origin()
@@ -3521,42 +3535,48 @@ class Visit:
         self.answers: Dict[Tuple[Url, str], Optional[Response]] = {}
         self.tls: Dict[str, Tls] = {}  # by origin
         self.silent: Dict[str, Exception] = {}  # by origin: its time-out
+        self.asked = ""  # the address that was asked last: other names have others
         self.hsts: List[Tuple[Url, Optional[Hsts]]] = []  # of every answer over https
 
     def found(self, id: str, url: object, **values: Any) -> None:
         """Note a finding at this address."""
-        self.site.found(id, str(url), self.address[0], **values)
+        self.site.found(id, str(url)[:2000], self.address[0], **values)
+
+    def note_silence(self, url: Url, error: Optional[Exception]) -> None:
+        """Remember a time-out, so that nothing more is asked there."""
+        if error and is_timeout(error):
+            self.silent[url.origin()] = error
 
     # What goes over the wire.
 
-    def places(self, url: Url, seconds: float) -> List[Address]:
+    def places(self, url: Url, deadline: float) -> List[Address]:
         """Return where to ask for url: the site's own name is asked at this address."""
-        plain = self.site.plain
-        if url.name != plain.name:
-            return look_up(url.name, url.port, 0, seconds)
-        port = self.address[1] if url.origin() == plain.origin() else url.port
-        return [(self.address[0], port)]
+        origin = url.origin()
+        if url.name == self.site.plain.name:
+            port = self.address[1] if origin == self.site.plain.origin() else url.port
+            return [(self.address[0], port)]
+        if origin not in self.site.others:
+            left = deadline - time.monotonic()
+            self.site.others[origin] = look_up(url.name, url.port, 0, left)
+        return self.site.others[origin]
 
     def connect(self, url: Url, deadline: float) -> socket.socket:
         """Return a socket to the server of url; OSError if there is none before the deadline."""
+        self.asked = ""
         if url.origin() in self.silent:
             raise self.silent[url.origin()]
+        places = self.places(url, deadline)
+        share = (deadline - time.monotonic()) / len(places)
         failure = OSError("no address")
-        try:
-            places = self.places(url, deadline - time.monotonic())
-            share = (deadline - time.monotonic()) / len(places)
-            for place in places:
-                try:
-                    sock = socket.create_connection(place, max(share, 0.001))
-                except OSError as error:
-                    failure = error
-                    continue
+        for place in places:
+            self.asked = place[0]
+            try:
+                sock = socket.create_connection(place, max(share, 0.001))
+            except OSError as error:
+                failure = error
+            else:
                 sock.settimeout(max(deadline - time.monotonic(), 0.001))
                 return sock
-        except OSError as error:
-            failure = error
-        if is_timeout(failure):
-            self.silent[url.origin()] = failure
         raise failure
 
     def shake_hands(self, url: Url, context: ssl.SSLContext) -> Handshake:
@@ -3669,6 +3689,7 @@ class Visit:
                 name = url.name.strip("[]")
                 sock = stack.enter_context(context.wrap_socket(sock, server_hostname=name))
             data, error = converse(sock, request, deadline, lambda data: has_come(data, url))
+        self.note_silence(url, error)
         response = final_response(data)
         if response:
             return response
@@ -3699,8 +3720,7 @@ class Visit:
     def no_answer(self, id: str, url: Url, error: Exception) -> None:
         """Note what an error means.  `id` is the finding where it means nothing special."""
         secure = url.scheme == "https"
-        if is_timeout(error):
-            self.silent[url.origin()] = error
+        self.note_silence(url, error)
         if self.site.is_over():
             self.site.cut_short()
         elif has_no_way(error):
@@ -3724,6 +3744,7 @@ class Visit:
             self.site.cut_short()
             return None
         response = None
+        self.asked = ""
         start = time.monotonic()
         if url.scheme == "http" or self.tls_of(url).context:
             try:
@@ -3735,7 +3756,7 @@ class Visit:
         milliseconds = int(1000 * (time.monotonic() - start))
         status = response.status if response else 0
         location = log_escape((response and response.field("location")) or "", 2000)
-        self.site.hops.append(Hop(str(url), status, location, milliseconds, self.address[0]))
+        self.site.hops.append(Hop(str(url)[:2000], status, location, milliseconds, self.asked))
         self.answers[key] = response
         if response:
             self.judge_fields(url, response)
@@ -3893,10 +3914,11 @@ class Visit:
             if following is None:
                 self.judge_last(start, url, response)
                 return
-            if url == start and len(seen) == 1 and url.scheme == "http":
+            first = len(seen) == 1
+            if first and url.scheme == "http":
                 self.judge_first(url, response, following)
             elif url.scheme == "https" and following.scheme == "http":
-                when = "initial" if len(seen) == 1 else "subsequent"
+                when = "initial" if first else "subsequent"
                 self.found(f"redirects.insecure.{when}", url, location=following)
             url = following
 
@@ -3904,7 +3926,9 @@ class Visit:
         """Certificate authorities follow a redirect, but want the same path."""
         url = self.site.plain._replace(target=ACME_QUESTION)
         response = self.ask(url)
-        following = self.next_url(url, response) if response else None
+        if not response or not is_redirect(response):
+            return
+        following = self.next_url(url, response)
         if following and following.target != url.target:
             self.found("acme-challenge-lost", url, location=following)
 
@@ -3942,6 +3966,7 @@ class Visit:
         try:
             self.connect(url, self.site.request_deadline()).close()
         except OSError as error:
+            self.note_silence(url, error)
             return error
         return None
 
@@ -4461,9 +4486,10 @@ def shown_target(target: str) -> str:
 def check_target(target: str, *settings: Any) -> Report:
     """Check one target.  One that is nonsense does not stop the others."""
     try:
-        return check(target, *settings)
+        read_target(target)
     except ValueError as error:
         return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
+    return check(target, *settings)
 
 
 def print_report(report: Report, quiet: bool) -> None:
@@ -4475,7 +4501,7 @@ def print_report(report: Report, quiet: bool) -> None:
     several = len({hop.address for hop in report.hops}) > 1
     for hop in () if quiet else report.hops:
         arrow = f" -> {hop.location}" if hop.location else ""
-        where = f"  [{hop.address}]" if several else ""
+        where = f"  [{hop.address}]" if several and hop.address else ""
         print(f"  {hop.milliseconds:4} ms  {hop.status or '-':>3}  {hop.url}{arrow}{where}")
     for finding in report.findings:
         if not quiet or finding.severity in ALARMS:
@@ -4510,7 +4536,7 @@ def command_check(args: argparse.Namespace) -> int:
     except OSError as error:
         raise RuleError(f"--ca-file {args.ca_file!a}: {pem_trouble(error)}") from None
     fields = rule_fields(args)
-    RedirectRule(**fields)
+    rule_of(fields, 0)
     if args.connect:
         read_target(args.connect)
     family = 0

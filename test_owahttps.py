@@ -1931,7 +1931,8 @@ class Canned:
     def talk(self, sock):
         sock.settimeout(5)
         with contextlib.suppress(OSError), sock:
-            if self.context:
+            # In this case plain HTTP is answered too.
+            if self.context and sock.recv(1, socket.MSG_PEEK) == b"\x16":
                 sock = self.context.wrap_socket(sock, server_side=True)
             with sock:
                 data = sock.recv(8192)
@@ -2137,6 +2138,9 @@ SITE_CASES = [
     # Locations.
     Case("the plain port is kept", f"2 {NO_TLS} location-keeps-plain-port",
          to("https://localhost:PLAIN/")),
+    Case("http and https on one port", FINE, None,
+         lambda sock, server: HOME if isinstance(sock, ssl.SSLSocket) else
+         to("https://127.0.0.1:SECUREPATH"), target="127.0.0.1:SECURE"),
     Case("relative", f"2 {INITIAL} redirection-relative redirect-loop", to("/exchange")),
     Case("no scheme", f"2 {INITIAL} redirection-relative redirect-loop",
          to("//localhost:PLAIN/exchange")),
@@ -2204,7 +2208,8 @@ SITE_CASES = [
 
     # TLS and certificates.
     Case("RSA key exchange, CBC", f"1 {FOUND} tls-old", certificate="rsa", tls="AES128-SHA"),
-    Case("CBC", f"1 {FOUND} tls-old", tls="ECDHE-ECDSA-AES128-SHA"),
+    Case("CBC", f"1 {FOUND} tls-old", certificate="rsa", tls="ECDHE-RSA-AES256-SHA"),
+    Case("CBC and ECDSA, which browsers do not speak", f"2 {FOUND} {NO_TLS}", tls="ECDHE-ECDSA-AES128-SHA"),
     Case("DHE, which browsers do not speak", f"2 {FOUND} {NO_TLS}", certificate="rsa",
          tls="DHE-RSA-AES128-GCM-SHA256"),
     Case("TLS 1.1", f"2 {FOUND} tls-too-old", secure=lambda sock,
@@ -2287,6 +2292,7 @@ HOSTILE_SITES = [
     Case("a port with 5,000 digits", "2 location-invalid", to("https://localhost:" + "9" * 5000)),
     Case("a name with 60,000 letters", "2 location-invalid", to("https://" + "a" * 60000)),
     Case("a name with 60,000 labels", "2 location-invalid", to("https://" + "a." * 30000)),
+    Case("a name with 30,000 letters outside ASCII", "2 location-invalid", to("https://" + "\xc3\xbc" * 30000)),
     Case("a path of 30,000 dots", FINE, to(S + "/.." * 10000)),
     Case("a pipe and an escape", f"1 {FOUND} location-not-a-uri", to(S + "/|rm\x1b[2J|")),
 ] + [Case("Location " + ascii(location), "2 location-invalid", to(location)) for location in (
