@@ -2729,10 +2729,10 @@ FINDINGS = {
         "nothing answers at {url} ({error}), but HTTPS does: a visitor who types http:// gets "
         "an error. If that is meant: --ignore redirects.http.does_not_exist",
     ),
-    "redirection-by-meta-refresh": (
+    "redirection-by-refresh": (
         "warning",
-        "{url} answers {status} and a page with a meta refresh to {location}: send a redirect "
-        "instead, which every client follows",
+        "{url} answers {status} with a refresh to {location}, in a page's meta tag or as a field: "
+        "send a redirect instead, which every client follows",
     ),
     "redirection-off-host-from-http": (
         "warning",
@@ -2891,7 +2891,7 @@ EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitor
 
 MAX_HOPS = 20  # of one redirect: Chromium's limit too
 MAX_REQUESTS = 40  # to one address
-MAX_ANSWER = 64 * 1024  # bytes that are read of one response
+MAX_ANSWER = 256 * 1024  # bytes that are read of one response: Chromium's limit for a head
 MAX_COOKIES = 50
 TARGET_TIME_OUTS = 6  # a target may take as long as so many time-outs, whatever happens
 DAY = 86400
@@ -2944,7 +2944,7 @@ def make_finding(id: str, values: Dict[str, Any], urls: Sequence[str] = ()) -> F
     if urls:
         escaped["url"] = log_escape(urls[0], 300)
     if len(urls) > 1:
-        escaped["url"] += f" and {len(urls) - 1} more"
+        escaped["url"] += f" (and {len(urls) - 1} more)"
     # A "|" would begin the performance data of a monitoring plugin.
     return Finding(id, severity, sentence.format(**escaped).replace("|", "\\x7C"), list(urls))
 
@@ -3245,13 +3245,14 @@ def text_of(response: Response) -> str:
     return response.body.decode("latin-1")
 
 
-def meta_refresh(response: Response) -> str:
-    """Return the URL of the meta refresh in a page, or ""."""
+def refresh_of(response: Response) -> str:
+    """Return the URL of a page's meta refresh, or of the field Refresh, or ""."""
     for tag in META.findall(text_of(response)):
         match = REFRESH_URL.search(tag)
         if match and REFRESH.search(tag):
             return match.group(1).replace("&amp;", "&")
-    return ""
+    match = REFRESH_URL.search(response.field("refresh") or "")
+    return match.group(1) if match else ""
 
 
 def is_redirect(response: Response) -> bool:
@@ -3688,7 +3689,9 @@ class Visit:
             if context:
                 name = url.name.strip("[]")
                 sock = stack.enter_context(context.wrap_socket(sock, server_hostname=name))
-            data, error = converse(sock, request, deadline, lambda data: has_come(data, url))
+            data, error = converse(
+                sock, request, deadline, lambda data: has_come(data, url), MAX_ANSWER
+            )
         self.note_silence(url, error)
         response = final_response(data)
         if response:
@@ -3813,7 +3816,7 @@ class Visit:
         """Return where a browser goes from this answer; None where it stays."""
         locations = list(dict.fromkeys(text.strip() for text in response.values("location")))
         if not is_redirect(response):
-            refresh = meta_refresh(response) if url.scheme == "http" else ""
+            refresh = refresh_of(response) if url.scheme == "http" else ""
             locations = [refresh] if refresh else []
             if not refresh:
                 return None
@@ -3843,7 +3846,7 @@ class Visit:
         wanted = wanted._replace(port=expected.get("https_port", following.port))
         status = expected.get("status", response.status)
         if not is_redirect(response):
-            self.found("redirection-by-meta-refresh", url, **values)
+            self.found("redirection-by-refresh", url, **values)
             status = self.site.rule.status if expected else status
         if following.scheme != "https":
             self.found("redirection-not-to-https-on-initial-redirection", url, **values)
