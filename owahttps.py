@@ -3397,7 +3397,7 @@ def is_timeout(error: Exception) -> bool:
     return isinstance(error, (socket.timeout, TimeoutError))
 
 
-def reason(error: Exception) -> str:
+def cause_of(error: Exception) -> str:
     """Return why something failed, for a sentence."""
     if is_timeout(error):
         return "no answer in time"
@@ -3486,46 +3486,6 @@ class Site:
             finding = finding._replace(text=f"{finding.text} [at {', '.join(addresses)}]")
         return finding._replace(severity="ignored") if id in ignore else finding
 
-    def run(self, connect: Optional[Url], family: int) -> None:
-        """Ask all addresses of the site, or of the host to connect to."""
-        ask = connect or self.plain
-        try:
-            left = self.request_deadline() - time.monotonic()
-            self.addresses = look_up(ask.name, ask.port, family, left)
-        except OSError as error:
-            self.found("host-unknown", ask.name, error=reason(error))
-            return
-        alive: List[Address] = []
-        dead: Dict[Address, OSError] = {}
-        for address in self.addresses:
-            failure = Visit(self, address).run()
-            if self.is_over():
-                self.cut_short()
-                break
-            if failure:
-                dead[address] = failure
-            else:
-                alive.append(address)
-        for address, failure in dead.items():
-            self.judge_dead(address, failure, alive)
-
-    def judge_dead(self, address: Address, error: OSError, alive: List[Address]) -> None:
-        """Judge an address where neither port can be reached.
-
-        Browsers go on with the other family (RFC 8305).  If nothing of a family answers and the
-        other is there, it is as likely this machine that has no way to it.
-        """
-        family = [one for one in self.addresses if (":" in one[0]) == (":" in address[0])]
-        other_answers = alive and not any(one in alive for one in family)
-        refused = isinstance(error, ConnectionError)
-        host = address[0]
-        if error.errno in NO_WAY or (other_answers and not refused):
-            self.found("address-unreachable", host, error=reason(error))
-        else:
-            self.found("http-no-answer", str(self.plain), host, error=reason(error))
-            origin = self.secure.origin()
-            self.found("domain.tls.cannot_connect", origin, host, error=reason(error))
-
 
 class Visit:
     """The questions to one address of a site."""
@@ -3592,8 +3552,8 @@ class Visit:
                 except (ssl.SSLError, ssl.CertificateError) as error:
                     # A wrong name is a ValueError in Python 3.6, and OpenSSL's reason is lost.
                     if not isinstance(error, OSError) or "VERIFY_FAILED" in str(error):
-                        why = getattr(error, "verify_message", "Python 3.6 does not say why")
-                        return Handshake(refused=why)
+                        unknown = "Python 3.6 does not say why"
+                        return Handshake(refused=getattr(error, "verify_message", unknown))
                     # A server that shares no cipher with us sends alert 40 too, but then there
                     # is no cipher yet.
                     if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(error)):
@@ -3727,7 +3687,7 @@ class Visit:
         if self.site.is_over():
             self.site.cut_short()
         elif has_no_way(error):
-            self.found("address-unreachable", url.origin(), error=reason(error))
+            self.found("address-unreachable", url.origin(), error=cause_of(error))
         elif secure and TOO_OLD.search(str(error)):
             self.found("tls-too-old", url.origin())
         elif secure and ONLY_HTTP2.search(str(error)):
@@ -3736,7 +3696,7 @@ class Visit:
             self.found("client-certificate-wanted", url.origin())
         else:
             place = url.origin() if id == "domain.tls.cannot_connect" else url
-            self.found(id, place, error=reason(error))
+            self.found(id, place, error=cause_of(error))
 
     def ask(self, url: Url, cookies: str = "") -> Optional[Response]:
         """Return the answer to url, asked for once; None, and a finding, if there is none."""
@@ -3959,9 +3919,9 @@ class Visit:
         """The plain port takes no connection: ask the HTTPS port."""
         plain, secure = self.site.plain, self.site.secure
         if self.tls_of(secure).context and not self.site.expected:
-            self.found("redirects.http.does_not_exist", plain, error=reason(error))
+            self.found("redirects.http.does_not_exist", plain, error=cause_of(error))
         else:
-            self.found("http-no-answer", plain, error=reason(error))
+            self.found("http-no-answer", plain, error=cause_of(error))
         self.follow(secure)
 
     def knock(self, url: Url) -> Optional[OSError]:
@@ -3989,6 +3949,46 @@ class Visit:
         return None
 
 
+def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address]) -> None:
+    """Judge an address where neither port can be reached.
+
+    Browsers go on with the other family (RFC 8305).  If nothing of a family answers and the other
+    is there, it is as likely this machine that has no way to it.
+    """
+    host = address[0]
+    family = [one for one in alive if (":" in one[0]) == (":" in host)]
+    refused = isinstance(error, ConnectionError)
+    if has_no_way(error) or (alive and not family and not refused):
+        site.found("address-unreachable", host, error=cause_of(error))
+    else:
+        site.found("http-no-answer", str(site.plain), host, error=cause_of(error))
+        origin = site.secure.origin()
+        site.found("domain.tls.cannot_connect", origin, host, error=cause_of(error))
+
+
+def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
+    """Visit all addresses of a site, or of the host to connect to."""
+    ask = connect or site.plain
+    try:
+        site.addresses = look_up(ask.name, ask.port, family, site.seconds)
+    except OSError as error:
+        site.found("host-unknown", ask.name, error=cause_of(error))
+        return
+    alive: List[Address] = []
+    dead: Dict[Address, OSError] = {}
+    for address in site.addresses:
+        failure = Visit(site, address).run()
+        if site.is_over():
+            site.cut_short()
+            break
+        if failure:
+            dead[address] = failure
+        else:
+            alive.append(address)
+    for address, failure in dead.items():
+        judge_dead(site, address, failure, alive)
+
+
 def check(
     target: str,
     expected: Optional[Dict[str, Any]] = None,
@@ -4014,7 +4014,7 @@ def check(
     """
     plain, secure = read_target(target)
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
-    site.run(read_target(connect)[0] if connect else None, family)
+    visit_all(site, read_target(connect)[0] if connect else None, family)
     findings = [site.finding(id, ignore) for id in site.values]
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     severity = findings[0].severity
@@ -4027,7 +4027,7 @@ def _site(target: str) -> Url:  # for the self-test, until it calls read_target(
     return read_target(target)[0]
 
 
-_reason = reason  # likewise
+_reason = cause_of  # likewise
 
 
 # ======== Command line ================================================================

@@ -2011,7 +2011,7 @@ def until_cookie(cookie):
 YEAR = "Strict-Transport-Security: max-age=31536000"
 HOME = says("200 OK", YEAR, body="mail")
 P, S = "http://localhost:PLAIN", "https://localhost:SECURE"
-GOOD, KEEPS, PAGE = to(S + "/exchange"), to(S + "PATH"), says("200 OK", body="mail")
+GOOD, SAME_PATH, PAGE = to(S + "/exchange"), to(S + "PATH"), says("200 OK", body="mail")
 OPEN = b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % YEAR.encode()
 IIS5 = says(
     "403 Access Forbidden",
@@ -2051,12 +2051,12 @@ class Case(NamedTuple):
 # fmt: off
 SITE_CASES = [
     Case("a right redirect", FINE),
-    Case("nginx's usual redirect", FINE, KEEPS),
+    Case("nginx's usual redirect", FINE, SAME_PATH),
     Case("the wrong path, none is expected", FINE, to(S + "/elsewhere")),
     Case("the expected path", FINE, options="--path /exchange --status 301 --https-port SECURE"),
-    Case("path and query kept", FINE, KEEPS, options="--keep-path"),
+    Case("path and query kept", FINE, SAME_PATH, options="--keep-path"),
     Case("path and query expected to be kept", "2 rule-mismatch " + FOUND,
-         {"/exchange": KEEPS, "": GOOD}, options="--keep-path"),
+         {"/exchange": SAME_PATH, "": GOOD}, options="--keep-path"),
     Case("the wrong path", "2 rule-mismatch", options="--path /owa"),
     Case("the wrong status", "2 rule-mismatch", options="--status 308"),
     Case("the wrong port", "2 rule-mismatch", options="--https-port 444"),
@@ -2068,7 +2068,7 @@ SITE_CASES = [
          to("https://127.0.0.1:SECURE/exchange"), options="--path /exchange"),
     Case("temporary", f"0 {FOUND} redirection-temporary", to(S + "/", status="302 Found")),
     Case("temporary, as expected", FINE, to(S + "/", status="302 Found"), options="--status 302"),
-    Case("the path of the target", f"2 redirection-missing {FOUND}", {"/owa?x=1": PAGE, "": KEEPS},
+    Case("the path of the target", f"2 redirection-missing {FOUND}", {"/owa?x=1": PAGE, "": SAME_PATH},
          target="http://localhost:PLAIN/owa?x=1"),
     Case("ACME's path is lost", "1 acme-challenge-lost " + FOUND,
          {owahttps.ACME_QUESTION: GOOD, "": GOOD}),
@@ -2091,7 +2091,7 @@ SITE_CASES = [
     Case("meta refresh to http", f"2 redirection-by-refresh {INITIAL} redirect-loop",
          says("200 OK", body=META % P)),
     Case("a redirect that wants Upgrade-Insecure-Requests", FINE,
-         only_with(b"\r\nUpgrade-Insecure-Requests: 1\r\n", KEEPS)),
+         only_with(b"\r\nUpgrade-Insecure-Requests: 1\r\n", SAME_PATH)),
     Case("HSTS in clear", "1 redirects.http.useless_header " + FOUND, to(S + "/", YEAR)),
     Case("a cookie in clear", "1 cookie-over-http " + FOUND,
          to(S + "/", "Set-Cookie: a=b; Secure")),
@@ -2118,10 +2118,10 @@ SITE_CASES = [
     Case("last hop http", f"2 {FOUND} {LAST} {BACK}", {"/3": PAGE, "": to(S + "/2")},
          to(P + "/3", YEAR)),
     Case("the next hop http, the last https", "2 " + INITIAL, {"/2": GOOD, "": to(P + "/2")}),
-    Case("only the root redirects", f"2 redirection-missing {FOUND}", {"/": KEEPS, "": PAGE}),
+    Case("only the root redirects", f"2 redirection-missing {FOUND}", {"/": SAME_PATH, "": PAGE}),
     Case("the root does not redirect", f"2 redirection-missing {FOUND}", {"/": PAGE, "": GOOD}),
     Case("the deep link does not redirect", f"2 redirection-missing {FOUND}",
-         {DEEP: PAGE, "": KEEPS}),
+         {DEEP: PAGE, "": SAME_PATH}),
     Case("the path of --path does not redirect", f"2 redirection-missing {FOUND}",
          {"/owa": PAGE, "": to(S + "/owa")}, options="--path /owa"),
     Case("a cookie, then the same URL", FINE, secure=until_cookie("seen=1; Secure; Path=/")),
@@ -2717,7 +2717,7 @@ def test_demo_before():
 @needs_openssl
 def test_text(certificates):
     """The whole output: for a person, for cron, and on a narrow terminal."""
-    with Site(Case("", "", {"/": PAGE, "": KEEPS}), certificates) as site:
+    with Site(Case("", "", {"/": PAGE, "": SAME_PATH}), certificates) as site:
         code, out, err = run(*site.words)
         missing = "http://localhost:PLAIN/ answers 200 in clear: redirect it to https"
         assert (code, err) == (2, "")
@@ -3103,8 +3103,9 @@ def test_the_demo_tells_what_happened():
         assert child.stdout.readline() == "https  GET /exchange  200 You are on HTTPS\n"
         fetch(f"{url}\x1b[31m".replace("\x1b", "%1b"))
         assert "\x1b" not in child.stdout.readline()
-    with demo("--before") as (child, url), socket.create_connection(
-        ("127.0.0.1", urlsplit(url).port)
+    with (
+        demo("--before") as (child, url),
+        socket.create_connection(("127.0.0.1", urlsplit(url).port)),
     ):  # as a browser opens one ahead, and says nothing
         status, _, page = fetch(url)
         secure = re.search("<code>(https://localhost:[0-9]+/exchange)<", page).group(1)
