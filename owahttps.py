@@ -2909,7 +2909,7 @@ NO_WAY = (
     errno.EMFILE,
 )
 
-# Upgrade-Insecure-Requests: there are servers that redirect only clients that send it, and all
+# No credential and no body ever.  Upgrade-Insecure-Requests: there are servers that redirect only clients that send it, and all
 # browsers do (W3C Upgrade Insecure Requests, section 3.2).
 CHECK_REQUEST = """\
 GET {target} HTTP/1.1\r
@@ -2920,8 +2920,8 @@ Upgrade-Insecure-Requests: 1\r
 {cookies}Connection: close\r
 \r
 """
-FORGED_HOST = "forged.invalid"
-DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"
+FORGED_HOST = "forged.invalid"  # RFC 2606: nobody can have it
+DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"  # a bookmark; "%2F" shows whether it is decoded
 ACME_QUESTION = ACME_PREFIX + "owahttps-check"
 
 Trust = Dict[str, Any]  # cafile, capath or cadata; empty: this machine's authorities
@@ -3185,7 +3185,10 @@ def goes_to(cookie: Cookie, url: Url) -> bool:
 
 
 class CookieJar:
-    """The cookies of one chain of redirects."""
+    """The cookies of one chain of redirects.
+
+    There are sites that set a cookie and redirect to themselves until it comes back.
+    """
 
     def __init__(self) -> None:
         self.cookies: Dict[Tuple[str, str, str], Cookie] = {}
@@ -3235,6 +3238,7 @@ def read_hsts(field: str) -> Optional[Hsts]:
     return Hsts(int(age.lstrip("0")[:18] or 0), "includesubdomains" in directives)
 
 
+# Each tag is bounded, so that no page takes long.
 META = re.compile(r"(?i)<meta\s[^<>]{0,1000}>")
 REFRESH = re.compile(r"(?i)\shttp-equiv\s*=\s*[\"']?refresh\b")
 REFRESH_URL = re.compile(r"(?i)[;,\s]url\s*=\s*[\"']?([^\"'\s>]+)")
@@ -3287,21 +3291,22 @@ BROWSER_CIPHERS = (
     "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE-RSA-AES128-SHA:ECDHE-RSA-AES256-SHA:"
     "RSA+AESGCM:AES128-SHA:AES256-SHA"
 )
-if not ssl.OPENSSL_VERSION.startswith("LibreSSL"):
-    # No SHA-1 signatures, and keys of 1024 bits or more, whatever openssl.cnf says.
+if ssl.OPENSSL_VERSION.startswith("OpenSSL ") and ssl.OPENSSL_VERSION_INFO >= (1, 1):
+    # No SHA-1 signatures, and keys of 1024 bits or more, whatever openssl.cnf says.  LibreSSL
+    # (macOS's own Python) and OpenSSL 1.0.2 (CentOS 7) have no such levels.
     BROWSER_CIPHERS += ":@SECLEVEL=1"
 # Constants of OpenSSL that Python names late (3.12, 3.10) or not at all.
 OP_LEGACY_SERVER_CONNECT = 0x4
 X509_PARTIAL_CHAIN = 0x80000
 X509_NO_CHECK_TIME = 0x200000
 # The alerts of a server that wants a certificate: 116, 42 and 40.
+# Errors are known by their text: Python 3.6 has no reason for some of them.
 CLIENT_CERTIFICATE_ALERT = re.compile(
-    r"(?i)alert[ _](certificate[ _]required|bad[ _]certificate|handshake[ _]failure)"
+    "(?i)alert.(certificate.required|bad.certificate|handshake.failure)"
 )
-
-
 TOO_OLD = re.compile("(?i)alert.protocol.version|unsupported.protocol|wrong.ssl.version")
 ONLY_HTTP2 = re.compile("(?i)no.application.protocol")
+NO_RFC_5746 = re.compile("(?i)unsafe.legacy.renegotiation")
 
 
 class Handshake(NamedTuple):
@@ -3339,9 +3344,10 @@ def tls_context(
     context.set_alpn_protocols(["http/1.1"])
     if hasattr(context, "minimum_version"):  # from Python 3.7 on
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.hostname_checks_common_name = False
     else:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    if getattr(ssl, "HAS_NEVER_CHECK_COMMON_NAME", False):  # from Python 3.7 on
+        context.hostname_checks_common_name = False
     context.options &= ~OP_LEGACY_SERVER_CONNECT
     if legacy:
         context.options |= OP_LEGACY_SERVER_CONNECT
@@ -3523,9 +3529,9 @@ class Visit:
 
     def connect(self, url: Url, deadline: float) -> socket.socket:
         """Return a socket to the server of url; OSError if there is none before the deadline."""
-        self.asked = ""
         if url.origin() in self.silent:
             raise self.silent[url.origin()]
+        # An address that hangs must leave time for the next one.
         places = self.places(url, deadline)
         share = (deadline - time.monotonic()) / len(places)
         failure = OSError("no address")
@@ -3601,8 +3607,9 @@ class Visit:
         try:
             first = self.shake_hands(url, self.site.context)
         except ssl.SSLError as error:
-            if not re.search("(?i)unsafe.legacy", str(error)):
+            if not NO_RFC_5746.search(str(error)):
                 raise
+            # Browsers do not mind.  Python tells it only by this error.
             problems.append(("tls-old", {"what": "no secure renegotiation, RFC 5746"}))
             legacy = True
             first = self.shake_hands(url, tls_context(self.site.trust, legacy=True))
@@ -3700,6 +3707,7 @@ class Visit:
 
     def ask(self, url: Url, cookies: str = "") -> Optional[Response]:
         """Return the answer to url, asked for once; None, and a finding, if there is none."""
+        # The four chains mostly end on the same pages.
         key = url, cookies
         if key in self.answers or url.origin() in self.silent:
             return self.answers.get(key)
@@ -3782,7 +3790,7 @@ class Visit:
                 return None
         location = ", ".join(locations)
         try:
-            # Browsers refuse several that differ, and a NUL.
+            # Browsers refuse several that differ (a header may have been injected), and a NUL.
             if len(locations) != 1 or not location or "\0" in location:
                 raise ValueError("not one Location")
             following = resolve(location, url)
@@ -3821,17 +3829,20 @@ class Visit:
             self.found("redirection-off-host-from-http", url, **values)
         elif is_redirect(response):
             self.found("redirection-to-https", url, **values)
+        # RFC 6797 section 7.2; who asks for a status has settled it.
         if response.status in (302, 303, 307) and "status" not in expected:
             self.found("redirection-temporary", url, **values)
 
     def judge_missing(self, url: Url, response: Response) -> None:
         """Say why an answer in clear is not a redirect, where it tells."""
+        # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
+        # bare 403, and the number is shown only on the server.
         iis = "IIS" in (response.field("server") or "")
         page = text_of(response)
         about_ssl = re.search("403[.;]4|secured? (with|channel)", page)
         other_403 = re.search("403[.;][0-9]", page)
         if response.status == 403 and (about_ssl or (iis and not other_403)):
-            self.found("iis-403.4", url)  # from IIS 7 on, its number is shown only on the server
+            self.found("iis-403.4", url)
         elif response.status == 200 and not response.body and iis:
             self.found("iis-asp-port-test", url)
         else:
