@@ -2584,10 +2584,10 @@ def addresses_of(names):
 
 
 def no_way_to(address, number, monkeypatch):
-    """Let connections to this address fail."""
+    """Let connections to this address, or to this port, fail."""
 
     def connect(where, *rest):
-        if where[0] == address:
+        if address in where[:2]:
             raise socket.timeout() if number is None else OSError(number, os.strerror(number))
         return create_connection(where, *rest)
 
@@ -2627,6 +2627,16 @@ def test_no_way_to_the_address(number, monkeypatch):
     report = owahttps.check(f"[{HERE6}]")
     assert [finding.id for finding in report.findings] == ["address-unreachable"]
     assert report.severity == "unknown"
+
+
+@needs_openssl
+def test_a_plain_port_that_hangs(certificates, monkeypatch):
+    """A firewall that drops: as a port that refuses, HTTPS decides what it is."""
+    case = Case("", "", target="https://localhost:SECURE/")
+    with Site(case, certificates) as site:
+        no_way_to(site.plain.port, None, monkeypatch)
+        report, code = judge(site)
+    assert (ids(report), code) == ("redirects.http.does_not_exist", 1)
 
 
 @pytest.mark.parametrize("asked", ["name", "connect", "answer"])
