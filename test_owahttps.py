@@ -1909,8 +1909,10 @@ class Canned:
 
     def limit(self, tls, folder):
         """`tls` is a cipher of TLS 1.2, or "client-1.2", "client-1.3": wants a certificate."""
-        if tls and tls != "client-1.3":
-            self.context.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
+        if tls and tls != "client-1.3" and hasattr(ssl, "TLSVersion"):
+            self.context.maximum_version = ssl.TLSVersion.TLSv1_2
+        elif tls and tls != "client-1.3":
+            self.context.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)  # Python 3.6
         if tls.startswith("client"):
             self.context.verify_mode = ssl.CERT_REQUIRED
             self.context.load_verify_locations(os.path.join(folder, "authority.crt"))
