@@ -2744,8 +2744,8 @@ FINDINGS = {
     ),
     "location-not-a-uri": (
         "warning",
-        "{url} has the Location {location}, which browsers mend, but which is not a URI of "
-        "RFC 3986 without userinfo: other clients stop there",
+        "{url} has the Location {location}: browsers correct it, but other clients may stop, "
+        "since it is not a URI (RFC 3986), or has userinfo",
     ),
     "redirects.too_many": (
         "warning",
@@ -2791,7 +2791,7 @@ FINDINGS = {
         "warning",
         "{url} sets a cookie without Secure: browsers send it in clear too",
     ),
-    "target-invalid": ("unknown", "this target is not one: {error}"),
+    "target-invalid": ("unknown", "the target is invalid: {error}"),
     "host-unknown": ("unknown", "{url} has no address to ask: {error}"),
     "address-unreachable": (
         "unknown",
@@ -4506,6 +4506,20 @@ def check_target(target: str, *settings: Any) -> Report:
     return check(target, *settings)
 
 
+def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
+    """Yield the report of each target, as soon as it is there and its turn has come."""
+    from concurrent.futures import ThreadPoolExecutor  # `serve` has no use for it
+
+    with ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(check_target, target, *settings) for target in targets]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:  # a reader that has gone wants no more of them
+            for future in futures:
+                future.cancel()
+
+
 def print_report(report: Report, quiet: bool) -> None:
     """Print a report for a person.  Its first line is enough for a pager."""
     if quiet and report.severity == "ok":
@@ -4524,7 +4538,7 @@ def print_report(report: Report, quiet: bool) -> None:
 
 def report_as_json(report: Report) -> str:
     """Return a report as one line of JSON."""
-    import json  # as the next one: `serve` has no use for it, and its memory counts
+    import json  # here, since `serve` has no use for it and its memory counts
 
     hops = [hop._asdict() for hop in report.hops]
     findings = [finding._asdict() for finding in report.findings]
@@ -4533,8 +4547,6 @@ def report_as_json(report: Report) -> str:
 
 def command_check(args: argparse.Namespace) -> int:
     """Is port 80 of these sites handled right?"""
-    from concurrent.futures import ThreadPoolExecutor
-
     if args.list:
         for id, (severity, sentence) in FINDINGS.items():
             print_folded(0, severity, f"{id}  {sentence.replace('{', '<').replace('}', '>')}")
@@ -4559,16 +4571,13 @@ def command_check(args: argparse.Namespace) -> int:
     settings = (fields, args.connect, family, trust, args.timeout, args.ignore)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait for all threads
     worst = "ok"
-    with ThreadPoolExecutor(16) as pool:
-        futures = [pool.submit(check_target, target, *settings) for target in args.target]
-        for future in futures:
-            report = future.result()
-            if args.json:
-                print(report_as_json(report))
-            else:
-                print_report(report, args.quiet)
-            sys.stdout.flush()
-            worst = max(worst, report.severity, key=SEVERITIES.index)
+    for report in check_all(args.target, *settings):
+        if args.json:
+            print(report_as_json(report))
+        else:
+            print_report(report, args.quiet)
+        sys.stdout.flush()
+        worst = max(worst, report.severity, key=SEVERITIES.index)
     return EXIT_CODES[worst]
 
 
