@@ -32,7 +32,7 @@ import threading
 import time
 import tracemalloc
 from http.server import HTTPServer
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
@@ -2895,41 +2895,57 @@ def test_a_target_that_is_nonsense(target):
         owahttps.check(target)
 
 
-# ---- The self-test, sabotaged ----------------------------------------------------------------------------------------
+# ---- The self-test -------------------------------------------------------------------
 
 
-def failing():
-    return [
-        (what, expected, got)
-        for what, expected, got in owahttps.try_ourselves()
-        if got not in expected.split("|")
-    ]
-
-
-def test_selftest_against_a_server_that_drips():
-    """A byte now and then must not hold a case beyond its seconds."""
-    server = Canned()
-    server.start(drip(b"HTTP/1.1 3", b"x"))
-    start = time.monotonic()
-    assert b"(left open)" in owahttps._conversation(("127.0.0.1", server.port), get().encode(), 0.2)
-    assert time.monotonic() - start < 3
-    server.close()
+def red(results):
+    """The cases that fail, and the level of each failure."""
+    return {one.id: one.level for one in results if not one.passed}
 
 
 def test_selftest_passes_in_time():
     start = time.monotonic()
     code, out, err = run("selftest")
     assert (code, err) == (0, "") and time.monotonic() - start < 5
-    assert out.splitlines()[-1] == "%d checks, 0 failed" % out.count("ok   ") and "\033" not in out
+    count = f"{out.count('ok   ')} cases: 0 unsafe, 0 against a MUST, 0 otherwise than decided"
+    assert out.splitlines()[-1] == count and "\033" not in out
+
+
+def test_every_case_says_what_it_is():
+    """An id of its own, a reference, and for a MUST the section of the RFC."""
+    for rule in owahttps.own_rules("DIR"):
+        cases = owahttps.cases(rule)
+        assert len({case.id for case in cases}) == len(cases) > 170
+        for case in cases:
+            assert re.fullmatch("[a-z0-9-]+", case.id) and case.reference and case.what
+            assert case.level == owahttps.SAFE or case.right or case.field
+            assert case.level != owahttps.MUST or re.match("RFC [0-9]+ [0-9.]+$", case.reference)
+
+
+@pytest.mark.parametrize(
+    "fields, name, path, kept, right",
+    [
+        ({}, "a.test", "/x?y", False, "302 https://a.test/exchange"),
+        ({}, "a.test", "/x?y", True, "302 https://a.test/x?y"),
+        ({"keep_path": True, "status": 308}, "a.test", "/x", False, "308 https://a.test/x"),
+        ({"https_port": 8443, "path": "/owa"}, "[::1]", "/", False, "302 https://[::1]:8443/owa"),
+        ({"host": "b.test"}, "a.test", "/", False, "302 https://b.test/exchange"),
+        ({"allow_hosts": ["b.test"]}, "a.test", "/", False, "421"),
+        ({"allow_hosts": ["b.test"]}, "b.test", "/", False, "302 https://b.test/exchange"),
+    ],
+)
+def test_what_a_redirect_must_say(fields, name, path, kept, right):
+    assert owahttps.redirect_by(RedirectRule(**fields), name, path, kept) == right
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(allow_hosts=("mail.test",)),
-        dict(allow_hosts=("mail.example.com",)),
-        dict(host="mail.test", allow_hosts=("other.test",)),
-        dict(host="mail.test", keep_path=True, status=308, https_port=8443),
+        {"allow_hosts": ["mail.test"]},
+        {"allow_hosts": ["mail.example.com"]},
+        {"host": "mail.test", "allow_hosts": ["other.test"]},
+        {"host": "mail.test", "keep_path": True, "status": 308, "https_port": 8443},
+        {"health": "/status", "api": ["/v1/data", "/v2"]},
     ],
     ids=str,
 )
@@ -2937,11 +2953,87 @@ def test_selftest_against_any_rule(fields):
     """What the cases expect follows from the rule that is named, whatever it is."""
     rule = RedirectRule(**fields)
     with running(RedirectServer(("127.0.0.1", 0), rule=rule)) as address:
-        assert [
-            (what, expected, got)
-            for what, expected, got in owahttps.try_cases(address, rule)
-            if got not in expected.split("|")
-        ] == []
+        assert red(owahttps.try_cases(address, rule)) == {}
+
+
+class Echo(owahttps.BaseHTTPRequestHandler):
+    """The plain redirect of many a program: what the client has sent is put into Location."""
+
+    def location(self):
+        return "https://" + self.headers.get("Host", "") + self.path
+
+    def do_GET(self):
+        self.send_response(302)
+        self.send_header("Location", self.location())
+        self.end_headers()
+
+    def log_message(self, format, *args):
+        pass
+
+
+class Fixed(Echo):
+    """It leads to one name, so no attack works; but it redirects what a server must refuse."""
+
+    def location(self):
+        return "https://mail.example.com/exchange"
+
+
+@pytest.mark.parametrize(
+    "handler, options, levels, code",
+    [
+        (Echo, ["--keep-path", "-k", "host"], {"safe", "must", "own"}, 1),
+        (Fixed, ["--host", "mail.example.com", "-k", "host"], {"must", "own"}, 1),
+        (RedirectHandler, ["--status", "308"], {"own"}, 0),
+        (RedirectHandler, [], set(), 0),
+    ],
+    ids=["safe", "must", "own", "none"],
+)
+def test_each_level_has_a_server_that_fails_it(handler, options, levels, code):
+    """Against another server only an attack that works and a broken MUST fail the command."""
+    server = StockServer(("127.0.0.1", 0), handler)
+    server.rule = RedirectRule()
+    with running(server) as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        done, out, _ = run("selftest", "--against", url, "--json", *options)
+    results = [json.loads(line) for line in out.splitlines()]
+    keys = {"id", "level", "reference", "what", "expected", "got", "passed"}
+    assert all(set(one) == keys for one in results)
+    assert ({one["level"] for one in results if not one["passed"]}, done) == (levels, code)
+
+
+def test_failures_come_first_and_the_worst_of_them_at_the_top():
+    server = StockServer(("127.0.0.1", 0), Echo)
+    with running(server) as (_, port):
+        options = ["--against", f"127.0.0.1:{port}", "--keep-path", "-k", "host"]
+        _, out, _ = run("selftest", *options)
+        _, quiet, _ = run("selftest", "--quiet", *options)
+    words = [line.split()[0] for line in out.splitlines()]
+    order = ["unsafe", "MUST", "differs", "ok"]
+    assert words[:-1] == sorted(words[:-1], key=order.index) and set(order) < set(words)
+    counts = [str(words.count(word)) for word in order[:3]]
+    assert re.findall("[0-9]+", out.splitlines()[-1]) == [str(len(words) - 1)] + counts
+    assert quiet == "".join(line for line in out.splitlines(True) if not line.startswith("ok"))
+    assert all(" " <= char < "\x7f" or char == "\n" for char in out)
+
+
+def test_selftest_lists_and_picks():
+    assert "must  no-host: HTTP/1.1 without Host (RFC 9112 3.2)" in run("selftest", "--list")[1]
+    _, out, _ = run("selftest", "--list", "-k", "health", "--health", "/up")
+    assert out == "own  health: a health check (RFC 9110 15.3.1)\n"
+    _, out, _ = run("selftest", "-k", "step-18")
+    assert out.startswith("ok ") and "\n2 cases: 0 unsafe" in out
+    assert run("selftest", "-k", "no case has this")[0] == 2
+    assert run("selftest", "--against", "https://mail.test")[0] == 2
+
+
+def test_selftest_against_a_server_that_drips():
+    """A byte now and then must not hold a case beyond its seconds."""
+    server = Canned()
+    server.start(script(b"HTTP/1.1 3", b"x"))
+    start = time.monotonic()
+    results = owahttps.try_cases(("127.0.0.1", server.port), RedirectRule(), "HEAD", seconds=0.2)
+    assert time.monotonic() - start < 3 and all("no HTTP/1" in one.got for one in results)
+    server.close()
 
 
 def test_the_embedded_certificate_stays_on_loopback():
@@ -2960,36 +3052,18 @@ class NoCertificate(owahttps.StubServer):
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 
 
-class UntrustedCertificate(owahttps.StubServer):
+class UntrustedCertificate(NoCertificate):
     """A certificate of its own, for the right name, that nobody trusts."""
 
     def __init__(self, *args, **fields):
         super().__init__(*args, **fields)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        make = "openssl req -x509 -newkey rsa:2048 -nodes -days 9 -subj /CN=localhost"
         with tempfile.TemporaryDirectory() as folder:
             pem = os.path.join(folder, "pem")
-            subprocess.check_call(
-                [
-                    "openssl",
-                    "req",
-                    "-x509",
-                    "-newkey",
-                    "rsa:2048",
-                    "-nodes",
-                    "-subj",
-                    "/CN=localhost",
-                    "-addext",
-                    "subjectAltName=DNS:localhost",
-                    "-days",
-                    "9",
-                    "-keyout",
-                    pem + "k",
-                    "-out",
-                    pem,
-                ],
-                stderr=subprocess.DEVNULL,
-            )
-            self.context.load_cert_chain(pem, pem + "k")
+            alternative = ["-addext", "subjectAltName=DNS:localhost", "-keyout", pem, "-out", pem]
+            with open(os.devnull, "w") as null:
+                subprocess.check_call(make.split() + alternative, stderr=null)
+            self.context.load_cert_chain(pem)
 
 
 class DeadStub(owahttps.StubServer):
@@ -2998,113 +3072,120 @@ class DeadStub(owahttps.StubServer):
 
 
 def sabotaged_rule(**wrong):
-    return type(
-        "Sabotaged",
-        (RedirectRule,),
-        {
-            "__new__": lambda cls, *args, **fields: super(RedirectRule, cls).__new__(
-                cls, *RedirectRule(*args, **dict(fields, **wrong))
-            )
-        },
-    )
+    """A RedirectRule that has these fields, whatever it is asked for."""
+
+    class Sabotaged(RedirectRule):
+        def __new__(cls, *args, **fields):
+            return RedirectRule(*args, **dict(fields, **wrong))
+
+    return Sabotaged
+
+
+def no_redirect(address, rule):
+    return owahttps.ThreadingServer(address, owahttps.BeforeHandler)
 
 
 @pytest.mark.parametrize(
     "name, value, must_fail",
     [
-        ("RedirectRule", sabotaged_rule(status=301), "plain HTTP is redirected"),
-        ("RedirectRule", sabotaged_rule(host="evil.example"), "plain HTTP is redirected"),
-        ("RedirectRule", sabotaged_rule(path="/owa"), "plain HTTP is redirected"),
-        ("StubServer", NoCertificate, "the stub's page comes over verified TLS"),
-        pytest.param(
-            "StubServer",
-            UntrustedCertificate,
-            "the stub's page comes over verified TLS",
-            marks=pytest.mark.skipif(
-                not shutil.which("openssl"), reason="needs the openssl program"
-            ),
-        ),
-        ("StubServer", DeadStub, "check finds nothing wrong"),
-        (
-            "RedirectRule.location",
-            lambda self, name, target: "http://%s:%d/exchange" % (name, self.https_port),
-            "plain HTTP is redirected",
-        ),
-        (
-            "RedirectRule.location",
-            lambda self, name, target: "https://" + name + target,
-            "Host with a port",
-        ),
-        ("server_name", lambda authority: authority, "Host with '@'"),
-        ("RedirectServer", None, "plain HTTP is redirected"),
-    ],
-    ids=[
-        "status",
-        "host",
-        "path",
-        "no certificate",
-        "untrusted certificate",
-        "dead stub",
-        "http Location",
-        "fixed path",
-        "any Host",
-        "no redirect",
+        ("RedirectRule", sabotaged_rule(status=301), "step-18-redirect"),
+        ("RedirectRule", sabotaged_rule(host="evil.example"), "step-18-redirect"),
+        ("RedirectRule", sabotaged_rule(path="/owa"), "step-18-redirect"),
+        ("StubServer", NoCertificate, "step-18-https"),
+        ("StubServer", UntrustedCertificate, "step-18-https"),
+        ("StubServer", DeadStub, "step-18-https"),
+        ("RedirectServer", no_redirect, "step-18-redirect"),
+        ("RedirectRule.location", lambda self, name, target: f"http://{name}/exchange", "get"),
+        ("RedirectRule.location", lambda self, name, target: f"https://{name}{target}", "get"),
+        ("RedirectRule.keeps_path", lambda self, target: self.keep_path, "mta-sts"),
+        ("RedirectRule.is_api", lambda self, path: False, "api"),
+        ("server_name", lambda authority: authority, "host-userinfo"),
+        ("has_body", lambda fields: False, "body"),
+        ("is_loop", lambda fields: False, "loop-front-end-https"),
+        ("OUTSIDE_URL", re.compile("$^"), "location-grammar"),
     ],
 )
 def test_sabotage_turns_the_selftest_red(monkeypatch, name, value, must_fail):
     """Each part broken on purpose: a self-test that stays green proves nothing."""
-    if value is None:
-        value = lambda address, rule: owahttps._HTTPServer(address, owahttps.BeforeHandler)  # noqa: E731
+    if value is UntrustedCertificate and not shutil.which("openssl"):
+        pytest.skip("needs the openssl program")
     owner, _, attribute = name.rpartition(".")
     monkeypatch.setattr(getattr(owahttps, owner) if owner else owahttps, attribute, value)
-    red = [what for what, _, _ in failing()]
-    assert must_fail in red
+    code, out, _ = run("selftest", "-k", must_fail)
+    assert code == 1 and re.search(f"(?m)^(unsafe|MUST|differs) +{must_fail}: ", out)
 
 
 @pytest.mark.parametrize(
-    "data, request_, answers",
+    "location, host",
     [
-        ("HTTP/1.1 302 Found\r\nLocation: a\r\nContent-Length: 2\r\n\r\nhi", b"GET ", "302 a"),
-        (
-            "HTTP/1.1 302 Found\r\nLocation: a\r\nContent-Length: 3\r\n\r\nhi",
-            b"GET ",
-            "302 a, cut off",
-        ),
-        ("HTTP/1.1 302 Found\r\nLocation: a\r\nContent-Length: 3\r\n\r\n", b"HEAD ", "302 a"),
-        ("HTTP/1.1 302 Found\r\nContent-Length: x\r\n\r\nhi", b"GET ", "302"),
-        ("HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\nhi", b"GET ", "302, hi"),
-        ("", b"GET ", "closed"),
-        (
-            "HTTP/1.1 302 Found\r\nStrict-Transport-Security: x\r\n\r\n",
-            b"GET ",
-            "302, Strict-Transport-Security in clear",
-        ),
+        ("https://evil.example", "evil.example"),
+        ("HTTPS://EVIL.example:443/x", "evil.example"),
+        ("https://mail.example.com@evil.example/", "evil.example"),
+        ("https://mail.example.com:80\t@evil.example/", "evil.example"),
+        ("https://evil.example#@mail.example.com/", "evil.example"),
+        ("https://evil.example\\@mail.example.com/", "evil.example"),
+        ("https:///evil.example/", "evil.example"),
+        ("//evil.example/", "evil.example"),
+        ("/\\evil.example/", "evil.example"),
+        ("https:evil.example", "evil.example"),
+        ("http:///evil.example", "evil.example"),
+        ("http:/evil.example", ""),
+        ("https://mail.example.com//evil.example/", "mail.example.com"),
+        ("/evil.example", ""),
+        ("evil.example", ""),
+        # Browsers refuse these.
+        ("https://mail.example.com%40evil.example/", ""),
+        ("https://mail.example.com evil.example/", ""),
+        ("https://[::1]/", ""),
     ],
 )
-def test_the_selftest_reads_what_came(data, request_, answers):
-    """Whatever a server under test sends is a result, never a traceback; a torn answer is no answer."""
-    assert owahttps._answers(data.encode(), request_) == answers
+def test_where_a_location_leads(location, host):
+    """As Chromium follows it: tried with each failing case of nginx, HAProxy, Caddy and others."""
+    assert owahttps.leads_to(location) == host
 
 
-def test_selftest_against_asks_for_the_rules_own_health_path():
-    with serving("--health", "/status") as (_, port):
-        code, out, _ = run(
-            "selftest", "--against", "http://127.0.0.1:%d" % port, "--health", "/status", "--quiet"
-        )
-        assert code == 0, out
+MOVED = b"HTTP/1.1 302 Found\r\nLocation: a\r\n"
 
 
-def test_selftest_fails_by_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(
-        owahttps, "try_end_to_end", lambda: iter([("a", "b|c", "d"), ("e", "f", "f")])
-    )
-    assert owahttps.main(["selftest", "--quiet"]) == 1
-    out = capsys.readouterr().out
-    assert (
-        "FAIL      a: expected b|c, got d" in out
-        and out.endswith("1 failed\n")
-        and "ok  " not in out
-    )
+@pytest.mark.parametrize(
+    "data, got",
+    [
+        (MOVED + b"Content-Length: 2\r\n\r\nhi", "302 a"),
+        (MOVED + b"\r\nhi", "302 a"),
+        (MOVED + b"Content-Length: 3\r\n\r\nhi", "302 a (cut off)"),
+        (MOVED + b"Content-Length: 0\r\n\r\nhi", "302 a, no HTTP/1: b'hi'"),
+        (MOVED + b"Location: b\r\n\r\n", "302 a b"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + MOVED + b"\r\n", "100, 302 a"),
+        (b"<h1>no</h1>", "no HTTP/1: b'<h1>no</h1>'"),
+        (b"", "closed"),
+    ],
+)
+def test_what_has_come_to_a_case(data, got):
+    """Whatever a server under test sends is a result, never a traceback."""
+    case = owahttps.own("id", "reference", "what", b"", "302 a")
+    result = owahttps.judge(case, *owahttps.read_answers(data, False), None)
+    assert (result.level, result.passed, result.got) == ("own", got == "302 a", got)
+
+
+@pytest.mark.parametrize(
+    "fields, attack",
+    [
+        (b"Evil: 1\r\n", "a field that the request has written"),
+        (b"Location: a\rb\r\n", "a CR, which ends a line for some clients"),
+        (b"Location: //evil.example.\r\n", "leads to evil.example"),
+    ],
+)
+def test_an_attack_that_works_is_unsafe_in_any_case(fields, attack):
+    case = owahttps.own("id", "reference", "what", b"", "302 a")
+    result = owahttps.judge(case, *owahttps.read_answers(MOVED + fields + b"\r\n", False), None)
+    assert (result.level, result.passed) == ("safe", False) and attack in result.got
+
+
+def test_the_readmes_count_of_cases():
+    against = len(owahttps.cases(RedirectRule(keep_path=True)))
+    counts = [str(len(owahttps.try_ourselves())), str(against)]
+    assert re.findall("([0-9]+) cases: 0 unsafe", readme()) == counts
+    assert f"documentation, with {against} cases" in readme()
 
 
 # ---- The demo ------------------------------------------------------------------------
