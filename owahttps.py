@@ -1625,7 +1625,9 @@ def running(server: HTTPServer) -> Iterator[Address]:
 # interim answers, and reads without one deadline for all.  This reads as browsers do, what does
 # not belong into an answer is left over, and the check of part two uses it as well.
 
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [^\n]*)?\n")
+# As lenient as browsers are: letters in any case, empty lines before it, any version, more blanks,
+# and none after the status.
+STATUS_LINE = re.compile(rb"(?i)[\r\n]{0,4}HTTP/[0-9.]+ +([1-5][0-9][0-9])(?: [^\n]*)?\r?\n")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
@@ -1683,8 +1685,9 @@ def read_response(data: bytes, head_only: bool = False) -> Tuple[Optional[Respon
 
     An interim response (1xx) is one too.  head_only: it answers a HEAD request.
     """
-    start, end = STATUS_LINE.match(data), END_OF_HEAD.search(data)
-    if not start or not end:
+    start = STATUS_LINE.match(data)
+    end = END_OF_HEAD.search(data, start.end() - 1) if start else None
+    if not start or not end or b"\0" in data[: end.start()]:  # browsers refuse a NUL
         return None, data
     status = int(start.group(1))
     head, rest = data[start.end() : end.start()], data[end.end() :]
