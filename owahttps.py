@@ -43,6 +43,7 @@ import os
 import re
 import select
 import selectors
+import shutil
 import signal
 import socket
 import ssl
@@ -52,9 +53,11 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 from collections import OrderedDict
-from email.utils import formatdate
+from email.utils import formatdate, mktime_tz, parsedate_tz
 from functools import lru_cache
+from glob import glob
 from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
@@ -73,7 +76,7 @@ from typing import (
     Type,
     Union,
 )
-from urllib.parse import unquote, urljoin
+from urllib.parse import unquote, unquote_to_bytes
 
 __all__ = [
     "HostError",
@@ -1682,7 +1685,9 @@ def running(server: HTTPServer) -> Iterator[Address]:
 # interim answers, and reads without one deadline for all.  This reads as browsers do, what does
 # not belong into an answer is left over, and the check of part two uses it as well.
 
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [^\n]*)?\n")
+# As lenient as browsers are: letters in any case, empty lines before it, any version, more blanks,
+# and none after the status.
+STATUS_LINE = re.compile(rb"(?i)[\r\n]{0,4}HTTP/[0-9.]+ +([1-5][0-9][0-9])(?: [^\n]*)?\r?\n")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
@@ -1740,8 +1745,9 @@ def read_response(data: bytes, head_only: bool = False) -> Tuple[Optional[Respon
 
     An interim response (1xx) is one too.  head_only: it answers a HEAD request.
     """
-    start, end = STATUS_LINE.match(data), END_OF_HEAD.search(data)
-    if not start or not end:
+    start = STATUS_LINE.match(data)
+    end = END_OF_HEAD.search(data, start.end() - 1) if start else None
+    if not start or not end or b"\0" in data[: end.start()]:  # browsers refuse a NUL
         return None, data
     status = int(start.group(1))
     head, rest = data[start.end() : end.start()], data[end.end() :]
@@ -3316,609 +3322,1376 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
     return site_recipe(recipe, rule, port)
 
 
-# ---- The check -------------------------------------------------------------------------------------------------------
+# ---- The check -----------------------------------------------------------------------
 
-Fields = Dict[str, Any]
-Pairs = List[Tuple[str, str]]
+# Theory of operation.
+#
+# The question is what a browser and its user get at http://HOST/.  So every request, every URL
+# and every handshake here is as lenient as browsers are.  What this machine lacks (IPv6, a store
+# of authorities, a route) is never called the site's fault.
+#
+# A Site lives as long as a target: the URL that is asked for, the rule that must hold, the time
+# that is left, and the findings.  A Visit lives as long as one address of the site: two addresses
+# may be two machines, so answers, TLS and time-outs are remembered for each address.
+#
+# A visit asks in this order:
+#
+#   1. Does the plain port take a connection?  If not: does HTTPS, and what is its page?
+#   2. Where does a browser land from /, from the path of the target, from the path of the rule,
+#      and from a deep link?  Every hop is followed here.  Each of the four begins without
+#      cookies, and the same URL with the same cookies is asked for once.
+#   3. Before the first request to an HTTPS origin: what is its certificate?  OpenSSL says only
+#      the first fault of a certificate.  So a certificate that is not trusted is asked about
+#      again, one question a handshake.
+#   4. Last, what no visitor asks: a path of ACME, and a Host that is no host.
+#
+# After one time-out an origin is asked nothing more.  Without that, a host that is down would
+# cost ten seconds a question.
+#
+# http.client would not do.  Its time-out holds for each recv(), so a server that sends a byte now
+# and then has no end; and it drops an answer whose body is cut, or that is folded as no browser
+# minds.  http.cookiejar wants urllib's requests, and keeps what it reads for longer than a chain.
 
+# Every kind of finding: its id, its severity, and what was seen and what to do.  The id is the
+# one of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots)
+# where theirs means the same; certificates have a name for each fault below MDN's.
+FINDINGS = {
+    "redirection-to-https": ("ok", "{url} goes to {location}"),
+    "redirection-temporary": (
+        "note",
+        "{url} answers {status}; once HTTPS is settled, RFC 6797 recommends a permanent redirect",
+    ),
+    "header.preloadable.max_age.below_1_year": (
+        "note",
+        "{url} has a Strict-Transport-Security max-age of {age} s, less than a year",
+    ),
+    "hsts-from-parent": (
+        "note",
+        "{url} sends no Strict-Transport-Security of its own: the includeSubDomains of "
+        "{parent} covers it (RFC 6797 section 8.2)",
+    ),
+    "hsts-not-everywhere": (
+        "note",
+        "{url} sends no Strict-Transport-Security, but another page of {host} does: "
+        "send it with every answer",
+    ),
+    "client-certificate-wanted": (
+        "note",
+        "{url} wants a certificate from the visitor: what a visitor with one gets was not seen",
+    ),
+    "host-reflected": (
+        "note",
+        "{url} puts a forged Host into its Location ({location}): this matters where a cache "
+        "is in front",
+    ),
+    "redirects.http.does_not_exist": (
+        "warning",
+        "nothing answers at {url} ({error}), but HTTPS does: a visitor who types http:// gets "
+        "an error. If that is meant: --ignore redirects.http.does_not_exist",
+    ),
+    "redirection-by-refresh": (
+        "warning",
+        "{url} answers {status} with a refresh to {location}, in a page's meta tag or as a field: "
+        "send a redirect instead, which every client follows",
+    ),
+    "redirection-off-host-from-http": (
+        "warning",
+        "{url} first leads to another host, {location}: lead to https on the same host first",
+    ),
+    "redirection-relative": (
+        "warning",
+        "{url} has the relative Location {location}, which stays on its scheme: make it absolute",
+    ),
+    "location-not-a-uri": (
+        "warning",
+        "{url} has the Location {location}: browsers correct it, but other clients may stop, "
+        "since it is not a URI (RFC 3986), or has userinfo",
+    ),
+    "redirects.too_many": (
+        "warning",
+        "{url} takes more than 3 redirects: lead to the last URL at once",
+    ),
+    "acme-challenge-lost": (
+        "warning",
+        "{url} loses its path, to {location}: Let's Encrypt's http-01 fails. Keep the path "
+        "below /.well-known/acme-challenge/",
+    ),
+    "https-error": ("warning", "{url} answers {status}: look at the HTTPS server"),
+    "tls-old": (
+        "warning",
+        "HTTPS at {url} is old ({what}): browsers still open it, newer clients do not",
+    ),
+    "cert-expires-soon": (
+        "warning",
+        "the certificate of {url} expires {date}, in {days} days (less than 14 days and less "
+        "than a third of its life): renew it",
+    ),
+    "response.no_header": (
+        "warning",
+        "{url} sends no usable Strict-Transport-Security: a browser will try http:// first again",
+    ),
+    "response.multiple_headers": (
+        "warning",
+        "{url} sends several Strict-Transport-Security fields that differ: browsers take only "
+        "the first one",
+    ),
+    "hsts-implemented-max-age-less-than-six-months": (
+        "warning",
+        "{url} has a Strict-Transport-Security max-age of {age} s, less than 15552000 (180 days)",
+    ),
+    "redirects.http.useless_header": (
+        "warning",
+        "{url} sends Strict-Transport-Security in clear, where browsers must ignore it",
+    ),
+    "cookie-over-http": (
+        "warning",
+        "{url} sets a cookie in clear: anybody on the way reads it",
+    ),
+    "cookie-without-secure": (
+        "warning",
+        "{url} sets a cookie without Secure: browsers send it in clear too",
+    ),
+    "target-invalid": ("unknown", "the target is invalid: {error}"),
+    "host-unknown": ("unknown", "{url} has no address to ask: {error}"),
+    "address-unreachable": (
+        "unknown",
+        "{url} cannot be reached from this machine ({error}); -4 or -6 leaves it out",
+    ),
+    "no-authorities": (
+        "unknown",
+        "this machine has no certificate authorities, so the certificate of {url} cannot be "
+        "judged: install ca-certificates here, or give --ca-file",
+    ),
+    "https-only-http2": (
+        "unknown",
+        "HTTPS at {url} speaks only HTTP/2, which owahttps does not: what it answers was not seen",
+    ),
+    "cut-short": (
+        "unknown",
+        "the check of {url} was cut short after {seconds} s or {requests} requests: "
+        "what is not named here was not asked",
+    ),
+    "http-no-answer": ("critical", "{url} gives no answer: {error}"),
+    "http-garbled": ("critical", "{url} does not answer in HTTP: see what listens there"),
+    "domain.tls.cannot_connect": (
+        "critical",
+        "HTTPS at {url} does not answer ({error}): start it, or correct the redirect",
+    ),
+    "tls-too-old": (
+        "critical",
+        "HTTPS at {url} speaks only TLS 1.1 or older, which browsers refuse: turn TLS 1.2 on",
+    ),
+    "https-misdirected": (
+        "critical",
+        "{url} answers 421: its server does not serve this name; see its names and SNI",
+    ),
+    "redirection-missing": ("critical", "{url} answers {status} in clear: redirect it to https"),
+    "iis-403.4": (
+        "critical",
+        "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 (Custom Errors, "
+        "403;4) are not done",
+    ),
+    "iis-asp-port-test": (
+        "critical",
+        "{url} answers an empty 200, as Owahttps.asp does on a port that it does not test: "
+        "correct the SERVER_PORT in its first line (owahttps.py generate --http-port)",
+    ),
+    "redirection-not-to-https-on-initial-redirection": (
+        "critical",
+        "{url} first leads to {location}: lead to https at once",
+    ),
+    "redirection-not-to-https": ("critical", "{url} ends at {location}: it must end on https"),
+    "redirects.insecure.initial": ("critical", "{url} leads to plain HTTP, {location}"),
+    "redirects.insecure.subsequent": ("critical", "{url} leads back to plain HTTP, {location}"),
+    "redirect-loop": (
+        "critical",
+        "{url} is redirected without end. Behind a load balancer that ends TLS, redirect there "
+        "and not on the server",
+    ),
+    "proxy-loop": (
+        "critical",
+        "{url} answers owahttps's 421: the proxy that ends TLS sends HTTPS traffic to the "
+        "redirect. Send it to the application",
+    ),
+    "location-invalid": (
+        "critical",
+        "{url} answers {status} with a Location that leads nowhere ({location})",
+    ),
+    "location-keeps-plain-port": (
+        "critical",
+        "{url} sends the plain port to https, {location}: drop it from the host",
+    ),
+    "rule-mismatch": ("critical", "{url} answers {status} {location}, not {expected}"),
+    "redirection-invalid-cert.expired": (
+        "critical",
+        "the certificate of {url} expired {date}: renew it",
+    ),
+    "redirection-invalid-cert.not-yet-valid": (
+        "critical",
+        "the certificate of {url} begins {date}: look at both clocks",
+    ),
+    "redirection-invalid-cert.name": (
+        "critical",
+        "the certificate of {url} does not name {host}: get one that does, or redirect to a "
+        "name it has (--host)",
+    ),
+    "redirection-invalid-cert.self-signed": (
+        "critical",
+        "the certificate of {url} is self-signed: get one from an authority",
+    ),
+    "redirection-invalid-cert.chain": (
+        "critical",
+        "the certificate of {url} does not lead to a trusted authority ({reason}): send the "
+        "intermediate certificates, or give --ca-file",
+    ),
+}
+SEVERITIES = ["ignored", "ok", "note", "warning", "unknown", "critical"]  # mildest first
+ALARMS = ("warning", "unknown", "critical")
+EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitoring world's
 
-REQUEST = """\
+MAX_HOPS = 20  # of one redirect: Chromium's limit too
+MAX_REQUESTS = 40  # to one address
+MAX_ANSWER = 256 * 1024  # bytes that are read of one response: Chromium's limit for a head
+MAX_COOKIES = 50
+TARGET_TIME_OUTS = 6  # a target may take as long as so many time-outs, whatever happens
+DAY = 86400
+HALF_YEAR = 180 * DAY  # as MDN and testssl.sh count it
+YEAR = 365 * DAY
+PORTS = {"http": 80, "https": 443}
+# A connect() that fails like this never left this machine, or found no way from it.
+NO_WAY = (
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.EADDRNOTAVAIL,
+    errno.EAFNOSUPPORT,
+    errno.EACCES,  # a firewall here, as EPERM
+    errno.EPERM,
+    errno.EMFILE,
+)
+
+# No credential and no body ever.  Upgrade-Insecure-Requests: there are servers that redirect only clients that send it, and all
+# browsers do (W3C Upgrade Insecure Requests, section 3.2).
+CHECK_REQUEST = """\
 GET {target} HTTP/1.1\r
 Host: {host}\r
 User-Agent: owahttps/{version}\r
-Accept: */*\r
-Connection: close\r
+Accept: text/html,*/*;q=0.8\r
+Upgrade-Insecure-Requests: 1\r
+{cookies}Connection: close\r
 \r
 """
-INTERIM = re.compile(rb"HTTP/1\.1 1[0-9][0-9] [^\0]*?\n\r?\n")  # 103 Early Hints and the like
-REDIRECT = re.compile(rb"HTTP/1\.[01] 3[^\0]*?\n\r?\n")
-MAX_HOPS = 10  # of one redirect: it has no end beyond
-MAX_REQUESTS = 16  # to one address, before the last few
-MAX_ANSWER = 64 * 1024  # bytes that are read of one response
-HALF_YEAR, YEAR = (
-    15768000,
-    31536000,
-)  # seconds, as hstspreload.org and the MDN Observatory count them
-EXIT_CODES = {
-    "ok": 0,
-    "note": 0,
-    "warning": 1,
-    "unknown": 3,
-    "critical": 2,
-}  # the monitoring world's; mildest first
-SEVERITIES = list(EXIT_CODES)
-# What can be found: severity, id (that of the MDN HTTP Observatory or hstspreload.org where they have one), then what
-# was seen and what to do.
-_FINDING = r"(?m)^(\w+) +(\S+): (.*(?:\n .*)*)"
-FINDINGS = {
-    id: (severity, " ".join(text.split()))
-    for severity, id, text in re.findall(
-        _FINDING,
-        """\
-ok       redirection-to-https: {url} goes to {location}
-ok       redirection-not-needed-no-http: {origin} does not answer, HTTPS does: nothing is left to redirect
-unknown  address-unreachable: {address} cannot be reached from here ({error}): -4 or -6 leaves it out
-unknown  host-unknown: {host} has no address to ask: {error}
-critical http-no-answer: {url} gives no answer: {error}
-critical http-garbled: {url} does not answer in HTTP: see what listens there
-critical domain.tls.cannot_connect: HTTPS at {origin} does not answer ({error}): start it, or correct the redirect
-warning  https-error: {url} answers {status}: look at the HTTPS server
-critical redirection-missing: {url} answers {status} in clear: redirect it to https
-critical iis-403.4: {url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 (Custom Errors, 403;4) are
-    not done
-critical iis-asp-port-test: {url} answers an empty 200, as Owahttps.asp does on a port that it does not test: correct
-    the SERVER_PORT in its first line (owahttps.py generate --http-port)
-critical redirection-not-to-https-on-initial-redirection: {url} first leads to {location}: lead to https at once
-critical redirection-not-to-https: {url} ends at {location}: it must end on https
-warning  redirection-off-host-from-http: {url} first leads to another host, {location}: lead to https on the same host
-    first
-critical redirects.insecure.subsequent: {url} leads back to plain HTTP, {location}
-warning  redirects.too_many: {url} takes more than 3 hops: lead to the last one at once
-critical redirects.too_many.loop: {url} is redirected without end, at least for who keeps no cookies. Behind a load
-    balancer that ends TLS, redirect there and not on the server
-critical proxy-loop: {url} answers 421: the proxy that ends TLS sends HTTPS traffic to the redirect. Send it to the
-    application
-critical redirects.http.first_redirect.invalid: {url} answers {status} with no usable Location ({location})
-warning  redirection-relative: {url} has the relative Location {location}, which stays on its scheme: make it absolute
-note     redirection-temporary: {url} answers {status}; once HTTPS is settled, RFC 6797 recommends a permanent redirect
-critical location-keeps-plain-port: {url} sends the plain port to https, {location}: drop it from the host
-critical rule-mismatch: {url} answers {status} {location}, not {expected}
-critical redirection-invalid-cert.expired: the certificate of {origin} expired {date}: renew it
-critical redirection-invalid-cert.not-yet-valid: the certificate of {origin} begins {date}: look at both clocks
-critical redirection-invalid-cert.name: the certificate of {origin} does not name {host}: get one that does, or
-    redirect to a name it has (--host)
-critical redirection-invalid-cert.self-signed: the certificate of {origin} is self-signed: get one from an authority
-critical redirection-invalid-cert.chain: the certificate of {origin} does not lead to a trusted authority ({reason}):
-    send the intermediate certificates, or give --ca-file
-warning  cert-expires-soon: the certificate of {origin} expires {date}, in {days} days: renew it
-warning  response.no_header: {url} sends no usable Strict-Transport-Security: a browser will try http:// first again
-warning  header.preloadable.max_age.too_low: {url} has a Strict-Transport-Security max-age of {age} s, under half a year
-note     header.preloadable.max_age.below_1_year: {url} has a Strict-Transport-Security max-age of {age} s, under a year
-warning  redirects.http.useless_header: {url} sends Strict-Transport-Security in clear, where browsers must ignore it
-warning  cookie-over-http: {url} sets a cookie in clear: anybody on the way reads it
-warning  cookie-without-secure: {url} sets a cookie without Secure: browsers send it in clear too
-warning  host-reflected: {url} puts a forged Host into its Location ({location}): check the Host before using it
-""",
-    )
-}
+FORGED_HOST = "forged.invalid"  # RFC 2606: nobody can have it
+DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"  # a bookmark; "%2F" shows whether it is decoded
+ACME_QUESTION = ACME_PREFIX + "owahttps-check"
+
+Trust = Dict[str, Any]  # cafile, capath or cadata; empty: this machine's authorities
+Problem = Tuple[str, Dict[str, Any]]  # the id of a finding, and the values in its sentence
 
 
 class Finding(NamedTuple):
+    """One kind of thing that was seen at a site."""
+
     id: str  # a key of FINDINGS
     severity: str  # one of SEVERITIES
-    text: str  # printable ASCII: what was seen, and what to do
+    text: str  # printable ASCII without "|": what was seen where, and what to do
+    urls: List[str]  # all URLs or origins that it was seen at
 
 
-class Url(NamedTuple):
-    scheme: str
-    name: str  # as server_name() gives it
-    port: int
-    target: str
-
-    @property
-    def origin(self) -> str:
-        return "%s://%s:%d" % self[:3]
-
-    def __str__(self) -> str:
-        port = "" if self.port == (443 if self.scheme == "https" else 80) else ":%d" % self.port
-        return "%s://%s%s%s" % (self.scheme, self.name, port, self.target)
-
-
-class OldResponse(NamedTuple):
-    status: int
-    fields: Pairs  # names in lower case
-    body: str
-
-    def field(self, name: str) -> Optional[str]:
-        return next((value for key, value in self.fields if key == name), None)
-
-    @property
-    def location(self) -> str:
-        return self.field("location") or ""
+def make_finding(id: str, values: Dict[str, Any], urls: Sequence[str] = ()) -> Finding:
+    """Write the sentence of a finding, which was seen at these URLs."""
+    severity, sentence = FINDINGS[id]
+    escaped = {key: log_escape(str(value), 300) for key, value in values.items()}
+    if urls:
+        escaped["url"] = log_escape(urls[0], 300)
+    if len(urls) > 1:
+        escaped["url"] += f" (and {len(urls) - 1} more)"
+    # A "|" would begin the performance data of a monitoring plugin.
+    return Finding(id, severity, sentence.format(**escaped).replace("|", "\\x7C"), list(urls))
 
 
 class Hop(NamedTuple):
+    """One request and its answer."""
+
     url: str
     status: int  # 0: no answer
     location: str
     milliseconds: int
+    address: str  # that was asked
 
 
 class Report(NamedTuple):
-    """What check() found: a severity, the worst one of its findings; every request but the forged one; the findings."""
+    """What check() found."""
 
     target: str
-    severity: str
+    severity: str  # ok, warning, unknown or critical: the worst finding's; a note is ok
     hops: List[Hop]
-    findings: List[Finding]
+    findings: List[Finding]  # the worst ones first
+
+    def headline(self) -> str:
+        """Return the worst finding, and how many more there are that need someone."""
+        bad = [one for one in self.findings if one.severity in ALARMS]
+        fine = [one for one in self.findings if one.severity == "ok"]
+        first = (bad or fine or self.findings)[0]
+        more = f" (+{len(bad) - 1} more)" if len(bad) > 1 else ""
+        return first.text + more
 
 
-def parse_url(text: str) -> Url:
-    """An absolute http or https URL; ValueError where a strict reader would refuse it."""
-    match = re.fullmatch(r"(?i)(https?)://([^/?#]*)([!-~]*)", text)
-    if not match:
-        raise ValueError("%a is not an http or https URL" % text[:300])
-    scheme, authority, target = (
-        match.group(1).lower(),
-        match.group(2),
-        match.group(3).partition("#")[0],
-    )
-    name, port = server_name(authority), re.search(r":([0-9]+)$", authority)
-    default = 443 if scheme == "https" else 80
-    return Url(
-        scheme,
-        name,
-        int(port.group(1)) if port else default,
-        target if target[:1] == "/" else "/" + target,
-    )
+class Url(NamedTuple):
+    """An http or https URL, as a browser asks for it."""
+
+    scheme: str
+    name: str  # as split_authority() gives it
+    port: int
+    target: str  # path and query
+
+    def authority(self) -> str:
+        """Return the value of the Host field."""
+        return with_port(self.name, self.port, PORTS[self.scheme])
+
+    def origin(self) -> str:
+        """Return the URL without its path."""
+        return f"{self.scheme}://{self.authority()}"
+
+    def __str__(self) -> str:
+        return self.origin() + self.target
 
 
-@contextlib.contextmanager
-def _connected(
-    url: Url, address: Address, context: Optional[ssl.SSLContext], seconds: float
-) -> Iterator[Any]:
-    """A socket, after the TLS handshake if there is a context, in so many seconds at the most."""
-    deadline = time.monotonic() + seconds
-    count = len(
-        socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
-    )  # each of which is tried in turn
-    with socket.create_connection(address, seconds / count) as plain:
-        plain.settimeout(max(0.001, deadline - time.monotonic()))
-        secure = plain
-        if context:
-            secure = context.wrap_socket(plain, server_hostname=url.name.strip("[]"))
-        with secure as sock:
-            yield sock
+# ---- The check: URLs as browsers read them -------------------------------------------
+
+# WHATWG URL section 1.3: what browsers percent-encode in a path, and in a query.
+ENCODED_IN_PATH = re.compile(r'[\x00-\x20"<>^`{}\x7f-\xff]')
+ENCODED_IN_QUERY = re.compile(r"[\x00-\x20\"<>'\x7f-\xff]")
+C0_AND_BLANK = "".join(chr(code) for code in range(0x21))
+# RFC 3986 section 2: what no URI has; a "%" only begins an encoded byte.
+OUTSIDE_URI = re.compile(r"[^!#$&'()*+,./0-9:;=?@A-Z\[\]_a-z~%-]|%(?![0-9A-Fa-f]{2})")
 
 
-def _exchange(
-    sock: Any, request: bytes, seconds: float, enough: Callable[[bytes], Any] = lambda _: False
-) -> Tuple[bytes, Optional[OSError]]:
-    """Send a request; what comes until the other side closes or it is enough, and the error if one ended it."""
-    data, deadline = b"", time.monotonic() + seconds
-    try:
-        sock.sendall(request)
-        while len(data) < MAX_ANSWER and not enough(data):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise socket.timeout
-            sock.settimeout(left)
-            chunk = sock.recv(16 * 1024)
-            if not chunk:
-                break
-            data += chunk
-    except OSError as error:
-        return data, error
-    return data, None
+def ascii_name(name: str) -> str:
+    """Return a server name in ASCII: "bücher.example" is "xn--bcher-kva.example".
 
-
-def _final(data: bytes) -> bytes:
-    """What comes after interim answers."""
-    place, match = 0, INTERIM.match(data)
-    while match:
-        place = match.end()
-        match = INTERIM.match(data, place)
-    return data[place:]
-
-
-def fetch(
-    url: Url, address: Address, context: Optional[ssl.SSLContext], host: str, seconds: float
-) -> OldResponse:
-    """GET url from address, with this Host field, in so many seconds at the most; no cookie, no credential, no body.
-
-    Raises OSError (no connection, no answer in time, TLS) or ValueError (an answer that is no HTTP/1).
+    Not the codec "idna", which is IDNA 2003: it asks for strasse.de where browsers ask for
+    straße.de.
     """
-    deadline = time.monotonic() + seconds
-    request = REQUEST.format(target=url.target, host=host, version=__version__).encode("latin-1")
-    with _connected(url, address, context, seconds) as sock:
-        # A redirect is read to the end of its head: some load balancers leave the connection open after it.
-        data, error = _exchange(
-            sock, request, deadline - time.monotonic(), lambda data: REDIRECT.match(_final(data))
-        )
-    data = _final(data)
-    if error and not re.search(rb"\n\r?\n", data):
-        raise error
-    if not data:
-        raise ConnectionError("closed without an answer")
-    head, *body = re.split(r"\n\r?\n", data.decode("latin-1"), maxsplit=1)
-    line, *lines = re.split(r"\r?\n", head.rstrip("\r"))  # RFC 9112 §2.2: a lone LF ends a line too
-    match = re.match(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: |$)", line)
-    if not match or not body:
-        raise ValueError("no HTTP/1 head")
-    pairs = (line.partition(":") for line in lines)
-    fields = [(name.lower(), value.strip("\t ")) for name, colon, value in pairs if colon]
-    return OldResponse(int(match.group(1)), fields, body[0])
+    if all(character < "\x80" for character in name):
+        return name
+    if len(name) > 253:  # the codec's time grows with the square of it
+        raise HostError(f"{name[:300]!a} is longer than the 253 characters of a server name")
+    name = unicodedata.normalize("NFKC", name.lower()).replace("\u3002", ".")
+    labels = []
+    for label in name.split("."):
+        if any(character >= "\x80" for character in label):
+            label = "xn--" + label.encode("punycode").decode("ascii")
+        labels.append(label)
+    return ".".join(labels)
 
 
-# RFC 6797 §6.1: directives between semicolons.
-_DIRECTIVE = r'[\t ]*(?:([^\s",;=]+)[\t ]*(?:=[\t ]*([^\s",;=]+|"(?:[^"\\]|\\.)*")[\t ]*)?)?'
+def browser_authority(text: str) -> Tuple[str, int]:
+    """Take "user@name:port" apart as browsers do; HostError or ValueError if it is no host."""
+    text = text.rpartition("@")[2]
+    if text.startswith("["):
+        return split_authority(text)
+    host, _, port = text.partition(":")
+    name = ascii_name(unquote_to_bytes(host.encode("latin-1")).decode("utf-8"))
+    if ENDS_IN_NUMBER.fullmatch(name.lower()):
+        try:
+            name = socket.inet_ntoa(socket.inet_aton(name))  # "127.1" is 127.0.0.1
+        except OSError:
+            raise HostError(f"{name!a} is not an IP address") from None
+    return split_authority(f"{name}:{port}")
 
 
-def max_age(field: str) -> Optional[int]:
-    """Seconds that a Strict-Transport-Security field holds for; None where one fault spoils it all, as in browsers."""
-    if not re.fullmatch("(?:%s;)*%s" % (_DIRECTIVE, _DIRECTIVE), field):
+def without_dots(path: str) -> str:
+    """Return a path without its "." and ".." (RFC 3986 section 5.2.4)."""
+    segments: List[str] = []
+    dots = ""
+    for segment in path.split("/")[1:]:
+        dots = segment.lower().replace("%2e", ".")
+        if dots == ".." and segments:
+            segments.pop()
+        if dots not in (".", ".."):
+            segments.append(segment)
+    if dots in (".", ".."):
+        segments.append("")
+    return "/" + "/".join(segments)
+
+
+def resolve(text: str, base: Url) -> Url:
+    """Return where a browser at base goes for this text (WHATWG URL section 4.4).
+
+    Each character of the text is a byte.  ValueError: a browser shows an error, or the scheme
+    is another one.
+    """
+    text = re.sub(r"[\t\r\n]", "", text.strip(C0_AND_BLANK)).partition("#")[0]
+    scheme = base.scheme
+    name, port = base.name, base.port
+    match = re.match("([A-Za-z][A-Za-z0-9+.-]*):", text)
+    if match:
+        scheme = match.group(1).lower()
+        if scheme not in PORTS:
+            raise ValueError(f"{scheme[:20]!a} is not http or https")
+        text = text[match.end() :]
+    path, mark, query = text.partition("?")
+    path = path.replace("\\", "/")
+    if path.startswith("//") or scheme != base.scheme:  # "https:/h/x" is https://h/x
+        authority, slash, path = path.lstrip("/").partition("/")
+        path = slash + path
+        name, port = browser_authority(authority)
+        port = port or PORTS[scheme]
+    elif not path.startswith("/"):
+        base_path, base_mark, base_query = base.target.partition("?")
+        if not path and not mark:
+            mark, query = base_mark, base_query
+        path = base_path.rpartition("/")[0] + "/" + path if path else base_path
+    path = ENCODED_IN_PATH.sub(percent_encoded, without_dots(path))
+    query = ENCODED_IN_QUERY.sub(percent_encoded, query)
+    return Url(scheme, name, port, path + mark + query)
+
+
+def is_uri(location: str) -> bool:
+    """Return whether RFC 3986 allows this; userinfo is deprecated (RFC 9110 section 4.2.4)."""
+    if OUTSIDE_URI.search(location):
+        return False
+    match = re.match(r"(?i)(?:https?:)?//([^/?#]*)", location)
+    if match:
+        return match.group(1) != "" and "@" not in match.group(1)
+    return not re.match("(?i)https?:", location)
+
+
+def read_target(text: str) -> Tuple[Url, Url]:
+    """Return the plain URL, and the HTTPS URL of the same site, of what people paste.
+
+    That is a host, host:port, host/path, or an http or https URL.  ValueError says what is wrong.
+    """
+    if not re.match("(?i)https?://", text):
+        if "://" in text:
+            raise ValueError(f"{text[:300]!a} is not an http or https URL")
+        text = "http://" + text
+    scheme, _, rest = text.partition("://")
+    authority = re.split(r"[/?#\\]", rest)[0]
+    name, port = split_authority(ascii_name(authority))
+    latin = f"{scheme.lower()}://{name}{rest[len(authority) :]}"
+    if re.search(r"[\x00-\x20\x7f]", latin):
+        raise ValueError(f"{text[:300]!a} has a blank or a control character")
+    latin = latin.encode("utf-8", "surrogateescape").decode("latin-1")
+    target = resolve(latin, Url("http", name, 80, "/")).target
+    ports = dict(PORTS)
+    if port:
+        ports[scheme.lower()] = port
+    return Url("http", name, ports["http"], target), Url("https", name, ports["https"], target)
+
+
+# ---- The check: what a response says -------------------------------------------------
+
+
+class Cookie(NamedTuple):
+    """A cookie, as RFC 6265 section 5.3 keeps it."""
+
+    name: str
+    value: str
+    domain: str
+    host_only: bool
+    path: str
+    secure: bool
+    deleted: bool
+
+
+def is_over(attributes: Dict[str, str]) -> bool:
+    """Return whether a cookie with these attributes is being deleted."""
+    if re.fullmatch("-?[0-9]+", attributes.get("max-age", "")):  # it goes before Expires
+        return attributes["max-age"].startswith("-") or not attributes["max-age"].strip("0")
+    try:
+        when = parsedate_tz(attributes.get("expires", "")[:100])
+        return when is not None and mktime_tz(when) < time.time()
+    except (ValueError, TypeError, IndexError, OverflowError):  # what no date is
+        return False
+
+
+def read_cookie(field: str, url: Url) -> Optional[Cookie]:
+    """Read a Set-Cookie field of url (RFC 6265 section 5.2); None where browsers ignore it."""
+    pair, *rest = field.split(";")
+    name, equals, value = pair.partition("=")
+    if not equals or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field) or len(pair) > 4096:
         return None
-    directives = [
-        (name.lower(), value) for name, value in re.findall(_DIRECTIVE + "(?:;|$)", field) if name
-    ]
-    values = dict(directives)
-    age = values.get("max-age", "").strip('"')
-    if (
-        len(values) < len(directives)
-        or values.get("includesubdomains")
-        or not re.fullmatch("[0-9]+", age)
-    ):
+    attributes = {}
+    for attribute in rest:
+        key, _, setting = attribute.partition("=")
+        attributes[key.strip("\t ").lower()] = setting.strip("\t ")
+    domain = attributes.get("domain", "").lower().lstrip(".")
+    if domain and url.name != domain and not url.name.endswith("." + domain):
         return None
-    return int(age.lstrip("0")[:18] or 0)
+    path = attributes.get("path", "")
+    if not path.startswith("/"):
+        path = url.target.partition("?")[0].rpartition("/")[0] or "/"
+    return Cookie(
+        name.strip("\t "),
+        value.strip("\t "),
+        domain or url.name,
+        not domain,
+        path,
+        "secure" in attributes,
+        is_over(attributes),
+    )
 
 
-def _trusting(trust: Fields, check_hostname: bool = True, flags: int = 0) -> ssl.SSLContext:
-    """As browsers verify: without X509_V_FLAG_X509_STRICT, which Python 3.13 sets and many a company's CA fails."""
-    context = ssl.create_default_context(**trust)
-    context.check_hostname = check_hostname
+def goes_to(cookie: Cookie, url: Url) -> bool:
+    """Return whether a browser sends a cookie to url (RFC 6265 sections 5.1 and 5.4)."""
+    if cookie.secure and url.scheme == "http":
+        return False
+    below = not cookie.host_only and url.name.endswith("." + cookie.domain)
+    if url.name != cookie.domain and not below:
+        return False
+    path = url.target.partition("?")[0]
+    return path == cookie.path or path.startswith(cookie.path.rstrip("/") + "/")
+
+
+class CookieJar:
+    """The cookies of one chain of redirects.
+
+    There are sites that set a cookie and redirect to themselves until it comes back.
+    """
+
+    def __init__(self) -> None:
+        self.cookies: Dict[Tuple[str, str, str], Cookie] = {}
+
+    def keep(self, response: Response, url: Url) -> None:
+        """Keep the cookies that a browser keeps: over http, none that is Secure."""
+        for field in response.values("set-cookie"):
+            cookie = read_cookie(field, url)
+            if cookie is None or (cookie.secure and url.scheme == "http"):
+                continue
+            key = cookie.name, cookie.domain, cookie.path
+            if cookie.deleted:
+                self.cookies.pop(key, None)
+            elif key in self.cookies or len(self.cookies) < MAX_COOKIES:
+                self.cookies[key] = cookie
+
+    def header(self, url: Url) -> str:
+        """Return the value of the Cookie field for url."""
+        sent = [cookie for cookie in self.cookies.values() if goes_to(cookie, url)]
+        return "; ".join(f"{cookie.name}={cookie.value}" for cookie in sent)
+
+
+class Hsts(NamedTuple):
+    """What a Strict-Transport-Security field says."""
+
+    max_age: int
+    include_subdomains: bool
+
+
+# RFC 6797 section 6.1: directives between semicolons, each a token or token "=" value.
+DIRECTIVE = r'[\t ]*(?:([^\s",;=]+)[\t ]*(?:=[\t ]*([^\s",;=]+|"(?:[^"\\]|\\.)*")[\t ]*)?)?'
+
+
+def read_hsts(field: str) -> Optional[Hsts]:
+    """Read a Strict-Transport-Security field; None where one fault spoils it, as in browsers."""
+    if not re.fullmatch(f"(?:{DIRECTIVE};)*{DIRECTIVE}", field):
+        return None
+    directives: Dict[str, str] = {}
+    for name, value in re.findall(f"{DIRECTIVE}(?:;|$)", field):
+        if name.lower() in directives:
+            return None
+        if name:
+            directives[name.lower()] = value
+    age = directives.get("max-age", "").strip('"')
+    if directives.get("includesubdomains") or not re.fullmatch("[0-9]+", age):
+        return None
+    return Hsts(int(age.lstrip("0")[:18] or 0), "includesubdomains" in directives)
+
+
+# Each tag is bounded, so that no page takes long.
+META = re.compile(r"(?i)<meta\s[^<>]{0,1000}>")
+REFRESH = re.compile(r"(?i)\shttp-equiv\s*=\s*[\"']?refresh\b")
+REFRESH_URL = re.compile(r"(?i)[;,\s]url\s*=\s*[\"']?([^\"'\s>]+)")
+
+
+def text_of(response: Response) -> str:
+    """Return the body of a response; what is looked for in it is ASCII."""
+    return response.body.decode("latin-1")
+
+
+def refresh_of(response: Response) -> str:
+    """Return the URL of a page's meta refresh, or of the field Refresh, or ""."""
+    for tag in META.findall(text_of(response)):
+        match = REFRESH_URL.search(tag)
+        if match and REFRESH.search(tag):
+            return match.group(1).replace("&amp;", "&")
+    match = REFRESH_URL.search(response.field("refresh") or "")
+    return match.group(1) if match else ""
+
+
+def is_redirect(response: Response) -> bool:
+    """Return whether a browser follows this response's Location."""
+    return response.status in (301, 302, 303, 307, 308)
+
+
+def final_response(data: bytes) -> Optional[Response]:
+    """Return the first response that is not an interim one (103 Early Hints and the like)."""
+    response, rest = read_response(data)
+    while response and 100 <= response.status < 200:
+        response, rest = read_response(rest)
+    return response
+
+
+def has_come(data: bytes, url: Url) -> bool:
+    """Return whether enough of an answer has come.  Only some pages are read beyond their head."""
+    response = final_response(data)
+    if response is None:
+        return False
+    if response.complete or is_redirect(response):
+        return True
+    return url.scheme == "https" and response.status not in (400, 421)
+
+
+# ---- The check: TLS ------------------------------------------------------------------
+
+# What Chromium offers in TLS 1.2, tried one by one; Firefox has little more.  OpenSSL's DEFAULT is
+# another set: it has DHE, and CBC with ECDSA or SHA-384, which Chromium refuses.  Python's own set
+# differs from version to version.
+BROWSER_CIPHERS = (
+    "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE-RSA-AES128-SHA:ECDHE-RSA-AES256-SHA:"
+    "RSA+AESGCM:AES128-SHA:AES256-SHA"
+)
+if ssl.OPENSSL_VERSION.startswith("OpenSSL ") and ssl.OPENSSL_VERSION_INFO >= (1, 1):
+    # No SHA-1 signatures, and keys of 1024 bits or more, whatever openssl.cnf says.  LibreSSL
+    # (macOS's own Python) and OpenSSL 1.0.2 (CentOS 7) have no such levels.
+    BROWSER_CIPHERS += ":@SECLEVEL=1"
+# Constants of OpenSSL that Python names late (3.12, 3.10) or not at all.
+OP_LEGACY_SERVER_CONNECT = 0x4
+X509_PARTIAL_CHAIN = 0x80000
+X509_NO_CHECK_TIME = 0x200000
+# The alerts of a server that wants a certificate: 116, 42 and 40.
+# Errors are known by their text: Python 3.6 has no reason for some of them.
+CLIENT_CERTIFICATE_ALERT = re.compile(
+    "(?i)alert.(certificate.required|bad.certificate|handshake.failure)"
+)
+TOO_OLD = re.compile("(?i)alert.protocol.version|unsupported.protocol|wrong.ssl.version")
+ONLY_HTTP2 = re.compile("(?i)no.application.protocol")
+NO_RFC_5746 = re.compile("(?i)unsafe.legacy.renegotiation")
+
+
+class Handshake(NamedTuple):
+    """What came of a handshake."""
+
+    certificate: bytes = b""  # in DER
+    fields: Dict[str, Any] = {}  # of a trusted certificate, as getpeercert() gives them
+    cipher: str = ""
+    refused: str = ""  # why the certificate was refused
+    client_certificate: bool = False  # whether the server wants one
+
+
+class Tls(NamedTuple):
+    """How to speak to an HTTPS origin, and what is wrong with it."""
+
+    context: Optional[ssl.SSLContext]  # None: nothing there speaks TLS with us
+    problems: List[Problem]
+
+
+def tls_context(
+    trust: Optional[Trust], flags: int = 0, check_name: bool = True, legacy: bool = False
+) -> ssl.SSLContext:
+    """Return a context with the settings of browsers, the same on every Python.
+
+    trust       None: take every certificate
+    flags       of X509_VERIFY_PARAM
+    check_name  whether the certificate has to have the server's name
+    legacy      speak to a server without RFC 5746 too
+
+    Not ssl.create_default_context(): its ciphers and flags change with Python.  Since 3.13 it
+    sets X509_STRICT, which the authorities of many companies fail.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_ciphers(BROWSER_CIPHERS)
+    context.set_alpn_protocols(["http/1.1"])
+    if hasattr(context, "minimum_version"):  # from Python 3.7 on
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     if getattr(ssl, "HAS_NEVER_CHECK_COMMON_NAME", False):  # from Python 3.7 on
         context.hostname_checks_common_name = False
-    context.verify_flags = context.verify_flags & ~0x20 | flags
+    context.options &= ~OP_LEGACY_SERVER_CONNECT
+    if legacy:
+        context.options |= OP_LEGACY_SERVER_CONNECT
+    context.verify_flags = ssl.VerifyFlags(X509_PARTIAL_CHAIN | flags)
+    context.check_hostname = check_name and trust is not None
+    if trust is None:
+        context.verify_mode = ssl.CERT_NONE
+    elif trust:
+        context.load_verify_locations(**trust)
+    else:
+        context.load_default_certs()
     return context
 
 
-def _reason(error: Exception) -> str:
-    return (
-        "no answer in time"
-        if isinstance(error, socket.timeout)
-        else getattr(error, "strerror", "") or str(error)
-    )
+def has_authorities(context: ssl.SSLContext) -> bool:
+    """Return whether a context trusts anybody; files of a capath are read only when needed."""
+    folder = ssl.get_default_verify_paths().capath
+    return context.cert_store_stats()["x509"] > 0 or bool(folder and glob(f"{folder}/*"))
 
 
-class _SiteCheck:
-    """The check of one site: its requests to each address, what came of them, and the findings."""
+def is_old(cipher: str) -> bool:
+    """Return whether a cipher has no forward secrecy or no authenticated encryption."""
+    modern = cipher.startswith("ECDHE") and ("GCM" in cipher or "CHACHA20" in cipher)
+    return not (modern or cipher.startswith("TLS_"))
 
-    def __init__(self, site: Url, expected: Fields, trust: Fields, seconds: float) -> None:
-        self.site, self.expected, self.trust, self.seconds = site, expected, trust, seconds
-        self.rule, self.where = RedirectRule(**expected), ""
-        self.findings: List[Finding] = []
+
+def certificate_dates(fields: Dict[str, Any]) -> List[Problem]:
+    """Judge when a certificate begins and ends."""
+    now = time.time()
+    begin = ssl.cert_time_to_seconds(fields["notBefore"])
+    end = ssl.cert_time_to_seconds(fields["notAfter"])
+    left = end - now
+    if begin > now:
+        return [("redirection-invalid-cert.not-yet-valid", {"date": fields["notBefore"]})]
+    if left < 0:
+        return [("redirection-invalid-cert.expired", {"date": fields["notAfter"]})]
+    # A certificate for six days is always in its last 14 days (RFC 9773 renews at two thirds).
+    if left < 14 * DAY and left < (end - begin) / 3:
+        days = int(left / DAY)
+        return [("cert-expires-soon", {"date": fields["notAfter"], "days": days})]
+    return []
+
+
+def has_no_way(error: Exception) -> bool:
+    """Return whether an error is one of this machine; gaierror and SSLError count differently."""
+    if not isinstance(error, OSError) or isinstance(error, (ssl.SSLError, socket.gaierror)):
+        return False
+    return error.errno in NO_WAY
+
+
+def is_timeout(error: Exception) -> bool:
+    """Return whether nothing came in time."""
+    return isinstance(error, (socket.timeout, TimeoutError))
+
+
+def cause_of(error: Exception) -> str:
+    """Return why something failed, for a sentence."""
+    if is_timeout(error):
+        return "no answer in time"
+    text = getattr(error, "strerror", "") or str(error)
+    return re.sub(r"^\[SSL[^]]*\] | \(_ssl\.c:[0-9]+\)$", "", text)
+
+
+def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
+    """Return the addresses of a server name; OSError if there are none.
+
+    socket.getaddrinfo() has no time-out: it is asked in a thread, which may be left behind.
+    """
+    answers: List[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(socket.getaddrinfo(name.strip("[]"), port, family, socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise socket.timeout("no answer in time")
+    if answers[0] == []:
+        raise OSError(f"{name!a} has no address")
+    if isinstance(answers[0], UnicodeError):  # a label of 64 characters
+        raise OSError(f"{name!a} is not a name of the DNS")
+    if isinstance(answers[0], OSError):
+        raise answers[0]
+    return sorted({(str(row[4][0]), int(row[4][1])) for row in answers[0]})
+
+
+# ---- The check: a site and its addresses ---------------------------------------------
+
+
+class Site:
+    """A target: what holds for all of its addresses."""
+
+    def __init__(
+        self, plain: Url, secure: Url, expected: Dict[str, Any], trust: Trust, seconds: float
+    ) -> None:
+        self.plain = plain
+        self.rule = RedirectRule(**expected)
+        self.expected = expected
+        port = self.rule.https_port if "https_port" in expected else secure.port
+        self.secure = secure._replace(port=port)
+        self.trust = trust
+        self.seconds = seconds
+        self.deadline = time.monotonic() + TARGET_TIME_OUTS * seconds
+        self.context = tls_context(trust)
+        self.addresses: List[Address] = []
+        self.others: Dict[str, List[Address]] = {}  # by origin, of other names
         self.hops: List[Hop] = []
+        # By id: the values of its sentence, and the (URL, address) pairs it was seen at.
+        self.values: Dict[str, Dict[str, Any]] = {}
+        self.places: Dict[str, List[Tuple[str, str]]] = {}
 
-    def found(self, id: str, url: object = "", **values: Any) -> None:
-        """Add a finding; what is fine is said once, what is not for every URL and address."""
-        severity, text = FINDINGS[id]
-        text = text.format(
-            **{key: log_escape(str(value), 300) for key, value in dict(values, url=url).items()}
-        )
-        if severity not in ("ok", "note"):
-            text += self.where
-        elif id in [finding.id for finding in self.findings]:
-            return
-        finding = Finding(id, severity, text)
-        if finding not in self.findings:
-            self.findings.append(finding)
+    def found(self, id: str, url: str, address: str = "", **values: Any) -> None:
+        """Note a finding; of one that is known, only the place."""
+        self.values.setdefault(id, values)
+        places = self.places.setdefault(id, [])
+        if (url, address) not in places:
+            places.append((url, address))
 
-    def _address(self, url: Url) -> Address:
-        return (
-            self.address[0] if url.name == self.site.name else url.name.strip("[]"),
-            self.address[1] if url[:3] == self.site[:3] else url.port,
-        )
+    def cut_short(self) -> None:
+        """Say that not everything was asked."""
+        seconds = f"{TARGET_TIME_OUTS * self.seconds:g}"
+        self.found("cut-short", self.plain.name, seconds=seconds, requests=MAX_REQUESTS)
 
-    def _context(self, url: Url) -> Optional[ssl.SSLContext]:
-        """The TLS context for this origin, after a look at its certificate; None if HTTPS does not answer there."""
-        origin = url.name, url.port
-        if origin not in self._contexts:
+    def is_over(self) -> bool:
+        """Return whether the time of the target is up."""
+        return time.monotonic() >= self.deadline
+
+    def request_deadline(self) -> float:
+        """Return the deadline of a request that begins now."""
+        return min(time.monotonic() + self.seconds, self.deadline)
+
+    def finding(self, id: str, ignore: Sequence[str]) -> Finding:
+        """Make the finding of all that was noted under an id."""
+        urls = list(dict.fromkeys(url for url, _ in self.places[id]))
+        finding = make_finding(id, self.values[id], urls)
+        addresses = sorted({address for _, address in self.places[id] if address})
+        if addresses and len(addresses) < len(self.addresses):
+            finding = finding._replace(text=f"{finding.text} [at {', '.join(addresses)}]")
+        return finding._replace(severity="ignored") if id in ignore else finding
+
+
+class Visit:
+    """The questions to one address of a site."""
+
+    def __init__(self, site: Site, address: Address) -> None:
+        self.site = site
+        self.address = address
+        self.answers: Dict[Tuple[Url, str], Optional[Response]] = {}
+        self.tls: Dict[str, Tls] = {}  # by origin
+        self.silent: Dict[str, Exception] = {}  # by origin: its time-out
+        self.asked = ""  # the address that was asked last: other names have others
+        self.hsts: List[Tuple[Url, Optional[Hsts]]] = []  # of every answer over https
+
+    def found(self, id: str, url: object, **values: Any) -> None:
+        """Note a finding at this address."""
+        self.site.found(id, str(url)[:2000], self.address[0], **values)
+
+    def note_silence(self, url: Url, error: Optional[Exception]) -> None:
+        """Remember a time-out, so that nothing more is asked there."""
+        if error and is_timeout(error):
+            self.silent[url.origin()] = error
+
+    # What goes over the wire.
+
+    def places(self, url: Url, deadline: float) -> List[Address]:
+        """Return where to ask for url: the site's own name is asked at this address."""
+        origin = url.origin()
+        if url.name == self.site.plain.name:
+            port = self.address[1] if origin == self.site.plain.origin() else url.port
+            return [(self.address[0], port)]
+        if origin not in self.site.others:
+            left = deadline - time.monotonic()
+            self.site.others[origin] = look_up(url.name, url.port, 0, left)
+        return self.site.others[origin]
+
+    def connect(self, url: Url, deadline: float) -> socket.socket:
+        """Return a socket to the server of url; OSError if there is none before the deadline."""
+        if url.origin() in self.silent:
+            raise self.silent[url.origin()]
+        # An address that hangs must leave time for the next one.
+        places = self.places(url, deadline)
+        share = (deadline - time.monotonic()) / len(places)
+        failure = OSError("no address")
+        for place in places:
+            self.asked = place[0]
             try:
-                self._contexts[origin] = self._look_at_certificate(url)
-            except (
-                OSError,
-                ValueError,
-            ) as error:  # ValueError: a certificate with times that are none
-                self._contexts[origin] = None
-                self.found("domain.tls.cannot_connect", origin=url.origin, error=_reason(error))
-        return self._contexts[origin]
+                sock = socket.create_connection(place, max(share, 0.001))
+            except OSError as error:
+                failure = error
+            else:
+                sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                return sock
+        raise failure
 
-    def _certificate(self, url: Url, context: ssl.SSLContext) -> Tuple[bytes, Fields]:
-        """The certificate that comes in a handshake with this context, and its fields; nothing if it is not trusted."""
-        try:
-            with _connected(url, self._address(url), context, self.seconds) as sock:
-                return sock.getpeercert(True), sock.getpeercert()
-        except (
-            ssl.CertificateError,
-            ssl.SSLError,
-        ) as error:  # the first is no SSLError in Python 3.6
-            if isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" not in str(error):
-                raise
-            self.reason = (
-                re.findall(r"verify failed: (.+) \(_ssl", str(error))
-                or ["Python 3.6 does not say why"]
-            )[0]
-            return b"", {}
-
-    def _look_at_certificate(self, url: Url) -> ssl.SSLContext:
-        def found(id: str, **values: Any) -> None:
-            self.found(id, origin=url.origin, host=url.name, **values)
-
-        def passes(*trusting: Any) -> Fields:
-            return self._certificate(url, _trusting(*trusting))[1]
-
-        context, now = _trusting(self.trust), time.time()
-        trusted = fields = self._certificate(url, context)[1]
-        if not trusted:
-            context = _trusting(self.trust, False)
-            context.verify_mode = ssl.CERT_NONE
-            # Then one question at a time.  With itself as its anchor (X509_V_FLAG_PARTIAL_CHAIN) and at any time
-            # (X509_V_FLAG_NO_CHECK_TIME), what does it say, and does it say the name?
-            itself, flags = (
-                {"cadata": ssl.DER_cert_to_PEM_cert(self._certificate(url, context)[0])},
-                0x80000 | 0x200000,
-            )
-            fields = passes(itself, False, flags)
-            if fields and not passes(itself, True, flags):
-                found("redirection-invalid-cert.name")
-        begin, end = [
-            ssl.cert_time_to_seconds(fields[name]) if fields else now
-            for name in ("notBefore", "notAfter")
-        ]
-        if begin > now:
-            found("redirection-invalid-cert.not-yet-valid", date=fields["notBefore"])
-        elif end < now:
-            found("redirection-invalid-cert.expired", date=fields["notAfter"])
-        elif fields and end - now < 14 * 86400:
-            found("cert-expires-soon", date=fields["notAfter"], days=int((end - now) / 86400))
-        # And, whatever its name and its own time, does it lead to a trusted authority?
-        if not trusted and not passes(self.trust, False, 0 if begin <= now <= end else 0x200000):
-            self_signed = fields and fields["issuer"] == fields["subject"]
-            found(
-                "redirection-invalid-cert." + ("self-signed" if self_signed else "chain"),
-                reason=self.reason,
-            )
-        return context
-
-    def _ask(self, url: Url) -> Optional[OldResponse]:
-        """The response to url, asked for once; None, and a finding, if none came."""
-        if url in self._answers:
-            return self._answers[url]
-        response, start = None, time.monotonic()
-        context = self._context(url) if url.scheme == "https" else None
-        try:
-            if context or url.scheme == "http":
-                response = fetch(
-                    url, self._address(url), context, str(url).split("/")[2], self.seconds
+    def shake_hands(self, url: Url, context: ssl.SSLContext) -> Handshake:
+        """Try a handshake.  A certificate that is refused is a result; other faults are OSError."""
+        name = url.name.strip("[]")
+        with self.connect(url, self.site.request_deadline()) as plain:
+            with context.wrap_socket(
+                plain, server_hostname=name, do_handshake_on_connect=False
+            ) as tls:
+                try:
+                    tls.do_handshake()
+                except (ssl.SSLError, ssl.CertificateError) as error:
+                    # A wrong name is a ValueError in Python 3.6, and OpenSSL's reason is lost.
+                    if not isinstance(error, OSError) or "VERIFY_FAILED" in str(error):
+                        unknown = "Python 3.6 does not say why"
+                        return Handshake(refused=getattr(error, "verify_message", unknown))
+                    # A server that shares no cipher with us sends alert 40 too, but then there
+                    # is no cipher yet.
+                    if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(error)):
+                        return Handshake(client_certificate=True)
+                    raise
+                cipher = tls.cipher()
+                return Handshake(
+                    certificate=tls.getpeercert(True) or b"",
+                    fields=tls.getpeercert() or {},
+                    cipher=cipher[0] if cipher else "",
                 )
-                self._judge_fields(url, response)
-        except OSError as error:
-            self.found("http-no-answer", url, error=_reason(error))
-        except ValueError:
-            self.found("http-garbled", url)
-        status, location = (response.status, response.location) if response else (0, "")
-        self.hops.append(
-            Hop(
-                str(url), status, log_escape(location, 2000), int(1000 * (time.monotonic() - start))
+
+    def certificate_problems(
+        self, url: Url, certificate: bytes, refused: str, legacy: bool
+    ) -> List[Problem]:
+        """Find out why a certificate is not trusted, one question a handshake."""
+
+        def trusted(trust: Trust, flags: int, check_name: bool = False) -> Dict[str, Any]:
+            context = tls_context(trust, flags, check_name, legacy)
+            return self.shake_hands(url, context).fields
+
+        # With itself as its authority, at any time: what does it say, and does it say the name?
+        itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
+        fields = trusted(itself, X509_NO_CHECK_TIME)
+        problems = certificate_dates(fields) if fields else []
+        outdated = any(FINDINGS[id][0] == "critical" for id, _ in problems)
+        if fields and not (
+            "subjectAltName" in fields and trusted(itself, X509_NO_CHECK_TIME, True)
+        ):
+            problems.append(("redirection-invalid-cert.name", {"host": url.name}))
+        # Whatever its name and its own dates: does it lead to an authority?
+        if not trusted(self.site.trust, X509_NO_CHECK_TIME if outdated else 0):
+            if not self.site.trust and not has_authorities(self.site.context):
+                problems.append(("no-authorities", {}))
+            elif fields and fields["issuer"] == fields["subject"]:
+                problems.append(("redirection-invalid-cert.self-signed", {}))
+            else:
+                problems.append(("redirection-invalid-cert.chain", {"reason": refused}))
+        return problems
+
+    def look_at_tls(self, url: Url) -> Tls:
+        """Shake hands as a browser would; OSError or ValueError: there is no HTTPS."""
+        problems: List[Problem] = []
+        legacy = False
+        try:
+            first = self.shake_hands(url, self.site.context)
+        except ssl.SSLError as error:
+            if not NO_RFC_5746.search(str(error)):
+                raise
+            # Browsers do not mind.  Python tells it only by this error.
+            problems.append(("tls-old", {"what": "no secure renegotiation, RFC 5746"}))
+            legacy = True
+            first = self.shake_hands(url, tls_context(self.site.trust, legacy=True))
+        context = tls_context(None, legacy=legacy)
+        if first.client_certificate:
+            return Tls(context, [("client-certificate-wanted", {})])
+        bare = self.shake_hands(url, context) if first.refused else first
+        if is_old(bare.cipher):
+            problems.append(("tls-old", {"what": f"TLS 1.2 with {bare.cipher}"}))
+        # Python 3.6 takes the name in the common name too, where there is no subjectAltName.
+        if "subjectAltName" in first.fields:
+            problems += certificate_dates(first.fields)
+        else:
+            problems += self.certificate_problems(url, bare.certificate, first.refused, legacy)
+        return Tls(context, problems)
+
+    def tls_of(self, url: Url) -> Tls:
+        """Return how to speak to the origin of url; its certificate is looked at once."""
+        origin = url.origin()
+        if origin not in self.tls:
+            try:
+                self.tls[origin] = self.look_at_tls(url)
+            except (OSError, ValueError) as error:  # ValueError: dates that are no dates
+                self.tls[origin] = Tls(None, [])
+                self.no_answer("domain.tls.cannot_connect", url, error)
+            for id, values in self.tls[origin].problems:
+                self.found(id, origin, **values)
+        return self.tls[origin]
+
+    # One question.
+
+    def fetch(self, url: Url, cookies: str = "", host: str = "") -> Response:
+        """GET url.  OSError: there is no answer; ValueError: the answer is not HTTP/1."""
+        context = self.tls_of(url).context if url.scheme == "https" else None
+        request = CHECK_REQUEST.format(
+            target=url.target,
+            host=host or url.authority(),
+            version=__version__,
+            cookies=f"Cookie: {cookies}\r\n" if cookies else "",
+        ).encode("latin-1")
+        deadline = self.site.request_deadline()
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(self.connect(url, deadline))
+            if context:
+                name = url.name.strip("[]")
+                sock = stack.enter_context(context.wrap_socket(sock, server_hostname=name))
+            data, error = converse(
+                sock, request, deadline, lambda data: has_come(data, url), MAX_ANSWER
             )
-        )
-        self._answers[url] = response
+        self.note_silence(url, error)
+        response = final_response(data)
+        if response:
+            return response
+        if error and (is_timeout(error) or not data):
+            raise error
+        if not data:
+            raise ConnectionError("closed without an answer")
+        raise ValueError("not HTTP/1")
+
+    def wants_certificate(self, url: Url, error: Exception) -> bool:
+        """Return whether an HTTPS server closes because it wants a certificate.
+
+        In TLS 1.3 its alert comes after the handshake, and is lost if our request has crossed it:
+        then the connection is reset.  So it is asked again, without a request.
+        """
+        context = self.tls_of(url).context
+        if context is None or is_timeout(error) or not isinstance(error, OSError):
+            return False
+        deadline = min(self.site.request_deadline(), time.monotonic() + 2)
+        try:
+            with self.connect(url, deadline) as plain:
+                with context.wrap_socket(plain, server_hostname=url.name.strip("[]")) as sock:
+                    sock.recv(1)
+        except OSError as later:
+            error = later
+        return CLIENT_CERTIFICATE_ALERT.search(str(error)) is not None
+
+    def no_answer(self, id: str, url: Url, error: Exception) -> None:
+        """Note what an error means.  `id` is the finding where it means nothing special."""
+        secure = url.scheme == "https"
+        self.note_silence(url, error)
+        if self.site.is_over():
+            self.site.cut_short()
+        elif has_no_way(error):
+            self.found("address-unreachable", url.origin(), error=cause_of(error))
+        elif secure and TOO_OLD.search(str(error)):
+            self.found("tls-too-old", url.origin())
+        elif secure and ONLY_HTTP2.search(str(error)):
+            self.found("https-only-http2", url.origin())
+        elif secure and self.wants_certificate(url, error):
+            self.found("client-certificate-wanted", url.origin())
+        else:
+            place = url.origin() if id == "domain.tls.cannot_connect" else url
+            self.found(id, place, error=cause_of(error))
+
+    def ask(self, url: Url, cookies: str = "") -> Optional[Response]:
+        """Return the answer to url, asked for once; None, and a finding, if there is none."""
+        # The four chains mostly end on the same pages.
+        key = url, cookies
+        if key in self.answers or url.origin() in self.silent:
+            return self.answers.get(key)
+        if len(self.answers) == MAX_REQUESTS or self.site.is_over():
+            self.site.cut_short()
+            return None
+        response = None
+        self.asked = ""
+        start = time.monotonic()
+        if url.scheme == "http" or self.tls_of(url).context:
+            try:
+                response = self.fetch(url, cookies)
+            except OSError as error:
+                self.no_answer("http-no-answer", url, error)
+            except ValueError:
+                self.found("http-garbled", url)
+        milliseconds = int(1000 * (time.monotonic() - start))
+        status = response.status if response else 0
+        location = log_escape((response and response.field("location")) or "", 2000)
+        self.site.hops.append(Hop(str(url)[:2000], status, location, milliseconds, self.asked))
+        self.answers[key] = response
+        if response:
+            self.judge_fields(url, response)
         return response
 
-    def _judge_fields(self, url: Url, response: OldResponse) -> None:
-        for cookie in (value for key, value in response.fields if key == "set-cookie"):
-            if re.match(
-                r"[^=;]*(=[\t ]*)?(;|$)", cookie
-            ):  # nothing in it: mostly one that is deleted
+    # What the answers mean.
+
+    def judge_fields(self, url: Url, response: Response) -> None:
+        """Judge cookies and Strict-Transport-Security, of every answer."""
+        for field in response.values("set-cookie"):
+            cookie = read_cookie(field, url)
+            if cookie is None or cookie.deleted or not cookie.value:
                 continue
             if url.scheme == "http":
                 self.found("cookie-over-http", url)
-            elif not re.search(r"(?i);[\t ]*secure[\t ]*([;=]|$)", cookie):
+            elif not cookie.secure:
                 self.found("cookie-without-secure", url)
-        hsts = response.field("strict-transport-security")
-        age = max_age(hsts or "")
-        if url.scheme == "http":
-            if hsts is not None:
-                self.found("redirects.http.useless_header", url)
-        elif url.name != self.site.name or re.match(
-            r"\[|[0-9.]+$", url.name
-        ):  # an address cannot have it
-            pass
-        elif age is None:
-            self.found("response.no_header", url)
-        elif age < YEAR:
-            short = "too_low" if age < HALF_YEAR else "below_1_year"
-            self.found("header.preloadable.max_age." + short, url, age=age)
+        policies = list(dict.fromkeys(response.values("strict-transport-security")))
+        if url.scheme == "https":
+            # RFC 6797 section 8.1: only the first one counts.
+            self.hsts.append((url, read_hsts(policies[0]) if policies else None))
+            if len(policies) > 1:
+                self.found("response.multiple_headers", url)
+        elif policies:
+            self.found("redirects.http.useless_header", url)
 
-    def _next(self, url: Url, response: OldResponse) -> Optional[Url]:
-        """Where this redirect leads; None, and a finding, if nowhere."""
-        # Several different ones are none, for browsers too: the blank between them is no part of a URL.
-        location = ", ".join(
-            sorted({value for name, value in response.fields if name == "location"})
-        )
+    def judge_hsts(self) -> None:
+        """Judge what a browser knows of the site's name after all answers over https."""
+        name = self.site.plain.name
+        if is_address(name.strip("[]")):  # RFC 6797 section 8.3: an address cannot have it
+            return
+        own = [(url, hsts) for url, hsts in self.hsts if url.name == name]
+        parents = [
+            url.name
+            for url, hsts in self.hsts
+            if hsts and hsts.max_age and hsts.include_subdomains and name.endswith("." + url.name)
+        ]
+        for url, hsts in own:
+            if hsts and hsts.max_age < HALF_YEAR:
+                id = "hsts-implemented-max-age-less-than-six-months"
+                self.found(id, url, age=hsts.max_age)
+            elif hsts and hsts.max_age < YEAR:
+                self.found("header.preloadable.max_age.below_1_year", url, age=hsts.max_age)
+            elif hsts:
+                pass
+            elif any(other for _, other in own):
+                self.found("hsts-not-everywhere", url, host=name)
+            elif parents:
+                self.found("hsts-from-parent", url, parent=parents[0])
+            else:
+                self.found("response.no_header", url)
+
+    def next_url(self, url: Url, response: Response) -> Optional[Url]:
+        """Return where a browser goes from this answer; None where it stays."""
+        locations = list(dict.fromkeys(text.strip() for text in response.values("location")))
+        if not is_redirect(response):
+            refresh = refresh_of(response) if url.scheme == "http" else ""
+            locations = [refresh] if refresh else []
+            if not refresh:
+                return None
+        location = ", ".join(locations)
         try:
-            following = parse_url(
-                urljoin(str(url), location) if re.fullmatch("[!-~]+", location) else ""
-            )
+            # Browsers refuse several that differ (a header may have been injected), and a NUL.
+            if len(locations) != 1 or not location or "\0" in location:
+                raise ValueError("not one Location")
+            following = resolve(location, url)
         except ValueError:
-            self.found(
-                "redirects.http.first_redirect.invalid",
-                url,
-                status=response.status,
-                location=location or "none",
-            )
+            values = {"status": response.status, "location": location or "none"}
+            self.found("location-invalid", url, **values)
             return None
-        if url.scheme == "http" and not re.match("(?i)https?://", location):
+        if not is_uri(location):
+            self.found("location-not-a-uri", url, location=location)
+        if url.scheme == "http" and not re.match("(?i)https?:", location):
             self.found("redirection-relative", url, location=location)
         return following
 
-    def _follow(self, start: Url) -> None:
-        """Ask for start, go where it leads, and judge every hop."""
-        url = start
-        seen: List[Url] = []
-        while True:
-            response = self._ask(url)
-            if not response:
-                return
-            if response.status not in (301, 302, 303, 307, 308):
-                break
-            following = self._next(url, response)
-            if not following:
-                return
-            if not seen and url.scheme == "http":
-                self._judge_first(url, response, following)
-            elif url.scheme == "https" != following.scheme:
-                self.found("redirects.insecure.subsequent", url, location=following)
-            seen.append(url)
-            url = following
-            if len(seen) == 4:
-                self.found("redirects.too_many", start)
-            if url in seen or len(seen) == MAX_HOPS:
-                self.found("redirects.too_many.loop", start)
-                return
-            if url not in self._answers and len(self._answers) >= MAX_REQUESTS:
-                return
-        self._judge_last(start, url, response)
-
-    def _judge_last(self, start: Url, url: Url, response: OldResponse) -> None:
-        if url.scheme == "http" and url != start:
-            self.found("redirection-not-to-https", start, location=url)
-        elif url.scheme == "http":
-            self._judge_missing(url, response)
-        elif response.status == 421:
-            self.found("proxy-loop", url)
-        elif response.status >= 500:
-            self.found("https-error", url, status=response.status)
-
-    def _judge_missing(self, url: Url, response: OldResponse) -> None:
-        iis, about_ssl = (
-            "IIS" in (response.field("server") or ""),
-            "403[.;]4|secured? (with|channel)",
-        )
-        if response.status == 403 and (
-            re.search(about_ssl, response.body)
-            or (iis and not re.search("403[.;][0-9]", response.body))
+    def judge_first(self, url: Url, response: Response, following: Url) -> None:
+        """Judge the first hop: it is the one that the rule is about."""
+        expected = self.site.expected
+        values = {"location": following, "status": response.status}
+        wanted = following._replace(name=self.site.rule.host or following.name)
+        if "path" in expected or self.site.rule.keep_path:
+            wanted = resolve(self.site.rule.location(url.name, url.target), url)
+        wanted = wanted._replace(port=expected.get("https_port", following.port))
+        status = expected.get("status", response.status)
+        if not is_redirect(response):
+            self.found("redirection-by-refresh", url, **values)
+            status = self.site.rule.status if expected else status
+        if following.scheme != "https":
+            self.found("redirection-not-to-https-on-initial-redirection", url, **values)
+        elif (
+            following.port == url.port != self.site.rule.https_port
+            and not self.tls_of(following).context
         ):
-            self.found("iis-403.4", url)  # from IIS 7 on, its number is shown on the server alone
+            self.found("location-keeps-plain-port", url, **values)
+        elif (wanted, status) != (following, response.status):
+            self.found("rule-mismatch", url, expected=f"{status} {wanted}", **values)
+        elif following.name not in (self.site.rule.host, url.name):
+            self.found("redirection-off-host-from-http", url, **values)
+        elif is_redirect(response):
+            self.found("redirection-to-https", url, **values)
+        # RFC 6797 section 7.2; who asks for a status has settled it.
+        if response.status in (302, 303, 307) and "status" not in expected:
+            self.found("redirection-temporary", url, **values)
+
+    def judge_missing(self, url: Url, response: Response) -> None:
+        """Say why an answer in clear is not a redirect, where it tells."""
+        # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
+        # bare 403, and the number is shown only on the server.
+        iis = "IIS" in (response.field("server") or "")
+        page = text_of(response)
+        about_ssl = re.search("403[.;]4|secured? (with|channel)", page)
+        other_403 = re.search("403[.;][0-9]", page)
+        if response.status == 403 and (about_ssl or (iis and not other_403)):
+            self.found("iis-403.4", url)
         elif response.status == 200 and not response.body and iis:
             self.found("iis-asp-port-test", url)
         else:
             self.found("redirection-missing", url, status=response.status)
 
-    def _judge_first(self, url: Url, response: OldResponse, following: Url) -> None:
-        values: Fields = dict(url=url, location=following, status=response.status)
-        # What no option says is right as the site does it.
-        status = self.expected.get("status", response.status)
-        wanted = following._replace(name=self.rule.host or following.name)
-        if "path" in self.expected or self.rule.keep_path:
-            wanted = parse_url(self.rule.location(url.name, url.target))
-        wanted = wanted._replace(port=self.expected.get("https_port", following.port))
-        if following.scheme != "https":
-            self.found("redirection-not-to-https-on-initial-redirection", **values)
+    def judge_last(self, start: Url, url: Url, response: Response) -> None:
+        """Judge where a visitor ends."""
+        if is_redirect(response):  # it leads nowhere, as next_url() has said
             return
-        if following.port == url.port != self.rule.https_port:
-            self.found("location-keeps-plain-port", **values)
-        elif (wanted, status) != (following, response.status):
-            self.found("rule-mismatch", expected="%d %s" % (status, wanted), **values)
-        elif following.name not in (self.rule.host, url.name):
-            self.found("redirection-off-host-from-http", **values)
-        else:
-            self.found("redirection-to-https", **values)
-        if response.status in (302, 303, 307) and "status" not in self.expected:
-            self.found("redirection-temporary", **values)
+        if url.scheme == "http" and url != start:
+            self.found("redirection-not-to-https", start, location=url)
+        elif url.scheme == "http":
+            self.judge_missing(url, response)
+        elif response.status == 421 and "redirect loop" in text_of(response):
+            self.found("proxy-loop", url)
+        elif response.status == 421:
+            self.found("https-misdirected", url)
+        elif response.status == 400 and "required SSL certificate" in text_of(response):
+            self.found("client-certificate-wanted", url.origin())  # as nginx says it
+        elif response.status >= 500:
+            self.found("https-error", url, status=response.status)
 
-    def _try_forged_host(self) -> None:
-        """RFC 9110 §7.2: a Host that is no host must not come back in a Location."""
-        with contextlib.suppress(OSError, ValueError):
-            response = fetch(
-                self.site, self.address, None, self.site.name + "@forged.invalid", self.seconds
-            )
-            if "forged.invalid" in response.location.lower():
-                self.found("host-reflected", self.site, location=response.location)
+    # All questions.
 
-    def run(self, address: Address) -> None:
-        self.address = address
-        self._answers: Dict[Url, Optional[OldResponse]] = {}
-        self._contexts: Dict[Address, Optional[ssl.SSLContext]] = {}
-        try:
-            socket.create_connection(self.address, self.seconds).close()
-        except OSError as error:
-            if error.errno in (
-                errno.ENETUNREACH,
-                errno.EADDRNOTAVAIL,
-                errno.EAFNOSUPPORT,
-            ):  # no IPv6 here, mostly
-                self.found("address-unreachable", address=self.address[0], error=_reason(error))
+    def follow(self, start: Url) -> None:
+        """Ask for start, go where it leads, and judge every hop."""
+        url = start
+        jar = CookieJar()
+        seen: List[Tuple[Url, str]] = []
+        while True:
+            cookies = jar.header(url)
+            if (url, cookies) in seen or len(seen) == MAX_HOPS:
+                self.found("redirect-loop", start)
                 return
-            secure = self.site._replace(scheme="https", port=self.rule.https_port)
-            if not self._context(secure):
-                self.found("http-no-answer", self.site, error=_reason(error))
-            else:
-                self._follow(secure)
-                if "critical" not in [finding.severity for finding in self.findings]:
-                    self.found("redirection-not-needed-no-http", origin=self.site.origin)
+            seen.append((url, cookies))
+            if len(seen) == 5:
+                self.found("redirects.too_many", start)
+            response = self.ask(url, cookies)
+            if response is None:
+                return
+            jar.keep(response, url)
+            following = self.next_url(url, response)
+            if following is None:
+                self.judge_last(start, url, response)
+                return
+            first = len(seen) == 1
+            if first and url.scheme == "http":
+                self.judge_first(url, response, following)
+            elif url.scheme == "https" and following.scheme == "http":
+                when = "initial" if first else "subsequent"
+                self.found(f"redirects.insecure.{when}", url, location=following)
+            url = following
+
+    def try_acme(self) -> None:
+        """Certificate authorities follow a redirect, but want the same path."""
+        url = self.site.plain._replace(target=ACME_QUESTION)
+        response = self.ask(url)
+        if not response or not is_redirect(response):
             return
-        for target in (
-            "/",
-            self.rule.path,
-            self.rule.path.rstrip("/") + "/inbox/?cmd=contents&x=a%2Fb",
-        ):
-            self._follow(self.site._replace(target=target))
-        if self._answers.get(self.site):
-            self._try_forged_host()
+        following = self.next_url(url, response)
+        if following and following.target != url.target:
+            self.found("acme-challenge-lost", url, location=following)
+
+    def try_forged_host(self) -> None:
+        """A Host that is no host (RFC 9110 section 7.2) must not become the host of a Location."""
+        root = self.site.plain._replace(target="/")
+        with contextlib.suppress(OSError, ValueError):
+            response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
+            location = response.field("location") or ""
+            if resolve(location, root).name == FORGED_HOST:
+                self.found("host-reflected", root, location=location)
+
+    def visit_plain(self) -> None:
+        """Ask the plain port."""
+        plain = self.site.plain
+        path = self.site.rule.path
+        for target in dict.fromkeys(["/", plain.target, path, path.rstrip("/") + DEEP_LINK]):
+            self.follow(plain._replace(target=target))
+        root = self.answers.get((plain._replace(target="/"), ""))
+        if root and is_redirect(root):
+            self.try_acme()
+            self.try_forged_host()
+
+    def visit_secure(self, error: OSError) -> None:
+        """The plain port takes no connection: ask the HTTPS port."""
+        plain, secure = self.site.plain, self.site.secure
+        if self.tls_of(secure).context and not self.site.expected:
+            self.found("redirects.http.does_not_exist", plain, error=cause_of(error))
+        else:
+            self.found("http-no-answer", plain, error=cause_of(error))
+        self.follow(secure)
+
+    def knock(self, url: Url) -> Optional[OSError]:
+        """Return why a port takes no connection, or None."""
+        try:
+            self.connect(url, self.site.request_deadline()).close()
+        except OSError as error:
+            self.note_silence(url, error)
+            return error
+        return None
+
+    def run(self) -> Optional[OSError]:
+        """Ask everything.  Return the error if this address takes no connection at all."""
+        error = self.knock(self.site.plain)
+        if error is None:
+            self.visit_plain()
+        elif has_no_way(error):
+            return error
+        else:
+            secure_error = self.knock(self.site.secure)
+            if secure_error:
+                return error if isinstance(error, ConnectionError) else secure_error
+            self.visit_secure(error)
+        self.judge_hsts()
+        return None
 
 
-def _site(target: str) -> Url:
-    """A host name, host:port or http URL, as the URL of its root."""
-    url = parse_url(target if "://" in target else "http://" + target)
-    if url.scheme != "http" or url.target != "/":
-        raise ValueError(
-            "%a is not the root of plain HTTP: give the host, or http://HOST/" % target[:300]
-        )
-    return url
+def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address]) -> None:
+    """Judge an address where neither port can be reached.
+
+    Browsers go on with the other family (RFC 8305).  If nothing of a family answers and the other
+    is there, it is as likely this machine that has no way to it.
+    """
+    host = address[0]
+    family = [one for one in alive if (":" in one[0]) == (":" in host)]
+    refused = isinstance(error, ConnectionError)
+    if has_no_way(error) or (alive and not family and not refused):
+        site.found("address-unreachable", host, error=cause_of(error))
+    else:
+        site.found("http-no-answer", str(site.plain), host, error=cause_of(error))
+        origin = site.secure.origin()
+        site.found("domain.tls.cannot_connect", origin, host, error=cause_of(error))
+
+
+def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
+    """Visit all addresses of a site, or of the host to connect to."""
+    ask = connect or site.plain
+    try:
+        site.addresses = look_up(ask.name, ask.port, family, site.seconds)
+    except OSError as error:
+        site.found("host-unknown", ask.name, error=cause_of(error))
+        return
+    alive: List[Address] = []
+    dead: Dict[Address, OSError] = {}
+    for address in site.addresses:
+        failure = Visit(site, address).run()
+        if site.is_over():
+            site.cut_short()
+            break
+        if failure:
+            dead[address] = failure
+        else:
+            alive.append(address)
+    for address, failure in dead.items():
+        judge_dead(site, address, failure, alive)
 
 
 def check(
     target: str,
-    expected: Optional[Fields] = None,
+    expected: Optional[Dict[str, Any]] = None,
     connect: str = "",
     family: int = 0,
-    trust: Optional[Fields] = None,
+    trust: Optional[Trust] = None,
     seconds: float = 10.0,
+    ignore: Sequence[str] = (),
 ) -> Report:
-    """Ask whether plain HTTP at target (a host name, host:port or http URL) is redirected right, and report.
+    """Find out whether plain HTTP at target is redirected as it should be.
 
+    target    what people paste: a host, host:port, host/path, or an http or https URL
     expected  fields of RedirectRule that must hold; of the others, what the site does is right
-    connect   "host:port" to ask instead, for the same name; a port of its own is for plain HTTP alone
+    connect   "host:port" to ask instead, for the same name; its port is the one of plain HTTP
     family    socket.AF_INET or AF_INET6; 0 is both, and the worst of all addresses counts
-    trust     cafile, capath or cadata of ssl.create_default_context(); none: the system's authorities
-    seconds   for each request, of which there are at most some 20 an address, and handshakes besides
+    trust     cafile, capath or cadata, as for ssl.SSLContext.load_verify_locations();
+              none: this machine's authorities
+    seconds   for each request; a target takes at most six times as long
+    ignore    ids of FINDINGS that do not count
 
-    Never raises for what a server does; ValueError for a target that is none, RuleError for a rule that cannot be.
+    Raises ValueError for a target that is not one, RuleError for an invalid rule, and OSError
+    for a trust that cannot be read; never for what a server does.
     """
-    probe = _SiteCheck(_site(target), expected or {}, trust or {}, seconds)
-    ask = _site(connect) if connect else probe.site
-    addresses = set()
-    try:
-        infos = socket.getaddrinfo(ask.name.strip("[]"), ask.port, family, socket.SOCK_STREAM)
-        addresses = {info[4][:2] for info in infos}
-    except OSError as error:
-        probe.found("host-unknown", host=ask.name, error=_reason(error))
-    for host, port in sorted(addresses):
-        probe.where = " [at %s]" % host if len(addresses) > 1 else ""
-        probe.run((str(host), int(port)))
-    severity = max((finding.severity for finding in probe.findings), key=SEVERITIES.index)
-    return Report(target, severity, probe.hops, probe.findings)
+    plain, secure = read_target(target)
+    site = Site(plain, secure, expected or {}, trust or {}, seconds)
+    visit_all(site, read_target(connect)[0] if connect else None, family)
+    findings = [site.finding(id, ignore) for id in site.values]
+    findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
+    severity = findings[0].severity
+    if severity not in EXIT_CODES:
+        severity = "ok"
+    return Report(target, severity, site.hops, findings)
 
 
 # ======== Command line ================================================================
@@ -4360,66 +5133,145 @@ def command_selftest(args: argparse.Namespace) -> int:
 
 
 def add_check_arguments(parser: Any) -> None:
-    parser.add_argument("target", nargs="+", metavar="TARGET", help="host name, host:port or URL")
-    parser.add_argument("--ca-file", default="", metavar="FILE")
-    parser.add_argument("--connect", default="", metavar="HOST:PORT")
-    parser.add_argument("-4", action="store_true", help="only IPv4")
-    parser.add_argument("-6", action="store_true", help="only IPv6")
-    parser.add_argument("--timeout", type=number(0.1, 9999.0), default=10.0, metavar="SECONDS")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument(
+        "target", nargs="*", metavar="TARGET", help="a host, host:port, host/path, or a URL"
+    )
+    parser.add_argument("--list", action="store_true", help="list the ids of all findings")
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="leave a finding out of the verdict, by its id (see check --list); may be repeated",
+    )
+    parser.add_argument(
+        "--ca-file", default="", metavar="FILE", help="trust these authorities, not the system's"
+    )
+    parser.add_argument(
+        "--connect", default="", metavar="HOST:PORT", help="ask there, for the same name"
+    )
+    parser.add_argument("-4", dest="ipv4", action="store_true", help="ask only IPv4 addresses")
+    parser.add_argument("-6", dest="ipv6", action="store_true", help="ask only IPv6 addresses")
+    parser.add_argument(
+        "--timeout",
+        type=number(0.1, 9999.0),
+        default=10.0,
+        metavar="SECONDS",
+        help="for each request; a target takes at most six times as long (default: 10)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each target")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and worse")
     leave_out = ("--allow-host", "--api", "--acme-dir", "--health")
     add_rule_arguments(parser, leave_out, enforced=False)
 
 
-def command_check(args: argparse.Namespace) -> int:
-    from concurrent.futures import ThreadPoolExecutor, wait
-    import json
+def print_folded(indent: int, word: str, text: str) -> None:
+    """Print a verdict and a text that is folded at a terminal's width; elsewhere in one line."""
+    lines = [text]
+    hanging = indent + 10
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns - 1 - hanging, 20)
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    print(" " * indent, end="")
+    print_verdict(word, lines[0])
+    for line in lines[1:]:
+        print(" " * hanging + line)
 
-    fields, trust = rule_fields(args), {"cafile": args.ca_file} if args.ca_file else {}
+
+def shown_target(target: str) -> str:
+    """Return a target for the screen: as it was typed, and as DNS has it if that is not ASCII."""
     try:
-        ssl.create_default_context(**trust)
-    except OSError as error:
-        raise RuleError("--ca-file %a: %s" % (args.ca_file, pem_trouble(error))) from None
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # else Ctrl-C would wait for all that is asked and to be asked
-    ipv4, ipv6 = vars(args)["4"], vars(args)["6"]
-    family = 0 if ipv4 == ipv6 else socket.AF_INET if ipv4 else socket.AF_INET6
-    RedirectRule(**fields)
-    for target in filter(None, args.target + [args.connect]):
-        _site(target)
+        name = read_target(target)[0].name
+    except ValueError:
+        return log_escape(target, 300)
+    if target.isprintable() and any(character > "~" for character in target):
+        encoding = sys.stdout.encoding or "utf-8"
+        return f"{target.encode(encoding, 'backslashreplace').decode(encoding)} ({name})"
+    return log_escape(target, 300)
+
+
+def check_target(target: str, *settings: Any) -> Report:
+    """Check one target.  One that is nonsense does not stop the others."""
+    try:
+        read_target(target)
+    except ValueError as error:
+        return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
+    return check(target, *settings)
+
+
+def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
+    """Yield the report of each target, as soon as it is there and its turn has come."""
+    from concurrent.futures import ThreadPoolExecutor  # `serve` has no use for it
+
     with ThreadPoolExecutor(16) as pool:
-        waiting = [
-            pool.submit(check, target, fields, args.connect, family, trust, args.timeout)
-            for target in args.target
-        ]
-        while sys.stderr.isatty() and wait(waiting, 1).not_done:
-            done = sum(future.done() for future in waiting)
-            print("%d of %d checked" % (done, len(waiting)), end="\r", file=sys.stderr, flush=True)
-        reports = [future.result() for future in waiting]
-    shown = SEVERITIES[SEVERITIES.index("warning") :] if args.quiet else SEVERITIES
-    for report in reports:
+        futures = [pool.submit(check_target, target, *settings) for target in targets]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:  # a reader that has gone wants no more of them
+            for future in futures:
+                future.cancel()
+
+
+def print_report(report: Report, quiet: bool) -> None:
+    """Print a report for a person.  Its first line is enough for a pager."""
+    if quiet and report.severity == "ok":
+        return
+    headline = f"{shown_target(report.target)}: {report.headline()}"
+    print_folded(0, report.severity, headline.replace("|", "\\x7C"))
+    several = len({hop.address for hop in report.hops}) > 1
+    for hop in () if quiet else report.hops:
+        arrow = f" -> {hop.location}" if hop.location else ""
+        where = f"  [{hop.address}]" if several and hop.address else ""
+        print(f"  {hop.milliseconds:4} ms  {hop.status or '-':>3}  {hop.url}{arrow}{where}")
+    for finding in report.findings:
+        if not quiet or finding.severity in ALARMS:
+            print_folded(2, finding.severity, f"{finding.id}  {finding.text}")
+
+
+def report_as_json(report: Report) -> str:
+    """Return a report as one line of JSON."""
+    import json  # here, since `serve` has no use for it and its memory counts
+
+    hops = [hop._asdict() for hop in report.hops]
+    findings = [finding._asdict() for finding in report.findings]
+    return json.dumps(dict(report._asdict(), hops=hops, findings=findings))
+
+
+def command_check(args: argparse.Namespace) -> int:
+    """Is port 80 of these sites handled right?"""
+    if args.list:
+        for id, (severity, sentence) in FINDINGS.items():
+            print_folded(0, severity, f"{id}  {sentence.replace('{', '<').replace('}', '>')}")
+        return 0
+    if not args.target:
+        raise RuleError("no TARGET: give a host, or --list")
+    for id in args.ignore:
+        if id not in FINDINGS:
+            raise RuleError(f"--ignore {id!a} is not an id of check --list")
+    trust = {"cafile": args.ca_file} if args.ca_file else {}
+    try:
+        tls_context(trust)
+    except OSError as error:
+        raise RuleError(f"--ca-file {args.ca_file!a}: {pem_trouble(error)}") from None
+    fields = rule_fields(args)
+    rule_of(fields, 0)
+    if args.connect:
+        read_target(args.connect)
+    family = 0
+    if args.ipv4 != args.ipv6:
+        family = socket.AF_INET if args.ipv4 else socket.AF_INET6
+    settings = (fields, args.connect, family, trust, args.timeout, args.ignore)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait for all threads
+    worst = "ok"
+    for report in check_all(args.target, *settings):
         if args.json:
-            print(
-                json.dumps(
-                    dict(
-                        report._asdict(),
-                        hops=[hop._asdict() for hop in report.hops],
-                        findings=[finding._asdict() for finding in report.findings],
-                    )
-                )
-            )
-        elif report.severity in shown:
-            print_verdict(report.severity, log_escape(report.target))
-            for hop in () if args.quiet else report.hops:
-                arrow = " -> " + hop.location if hop.location else ""
-                print("  %4d ms  %3s  %s%s" % (hop.milliseconds, hop.status or "-", hop.url, arrow))
-            for finding in report.findings:
-                if finding.severity in shown:
-                    print("  ", end="")
-                    print_verdict(finding.severity, finding.id, finding.text)
-    return EXIT_CODES[max((report.severity for report in reports), key=SEVERITIES.index)]
+            print(report_as_json(report))
+        else:
+            print_report(report, args.quiet)
+        sys.stdout.flush()
+        worst = max(worst, report.severity, key=SEVERITIES.index)
+    return EXIT_CODES[worst]
 
 
 # ---- demo ----
