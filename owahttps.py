@@ -4704,7 +4704,7 @@ class Parser(argparse.ArgumentParser):
         raise RuleError(f"{message} ({self.prog} --help lists what there is)")
 
 
-def number(low: float, high: float) -> Callable[[str], Any]:
+def number_between(low: float, high: float) -> Callable[[str], Any]:
     """Return a type for argparse: a number from low to high, whole ones where low is."""
     kind = type(low)
     pattern = "[0-9]{1,10}" if kind is int else r"[0-9]{1,10}(\.[0-9]+)?"
@@ -4730,7 +4730,7 @@ def add_rule_arguments(parser: Any, leave_out: Sequence[str] = (), enforced: boo
             shown = f" (default: {default})" if default and enforced else ""
             group.add_argument(option, default=argparse.SUPPRESS, help=text + shown, **settings)
 
-    port, default = number(1, 65535), RedirectRule()
+    port, default = number_between(1, 65535), RedirectRule()
     many = {"action": "append", "metavar": "NAME", "dest": "allow_hosts"}
     api = {"action": "append", "metavar": "PATH"}
     add("--path", "where every request leads", default.path, metavar="PATH")
@@ -4799,7 +4799,7 @@ def bind_trouble(error: OSError, host: str, port: int) -> str:
 
 
 def add_serve_arguments(parser: Any) -> None:
-    port, count = number(0, 65535), number(0, 10**6)
+    port, count = number_between(0, 65535), number_between(0, 10**6)
     parser.add_argument(
         "--bind", default="", metavar="ADDR", help="listen on this address (default: every one)"
     )
@@ -4947,7 +4947,7 @@ def add_generate_arguments(parser: Any) -> None:
     parser.add_argument(
         "-p",
         "--port",
-        type=number(1, 65535),
+        type=number_between(1, 65535),
         default=80,
         metavar="PORT",
         help="the port of plain HTTP (default: 80)",
@@ -5154,7 +5154,7 @@ def add_check_arguments(parser: Any) -> None:
     parser.add_argument("-6", dest="ipv6", action="store_true", help="ask only IPv6 addresses")
     parser.add_argument(
         "--timeout",
-        type=number(0.1, 9999.0),
+        type=number_between(0.1, 9999.0),
         default=10.0,
         metavar="SECONDS",
         help="for each request; a target takes at most six times as long (default: 10)",
@@ -5278,7 +5278,7 @@ def command_check(args: argparse.Namespace) -> int:
 
 
 def add_demo_arguments(parser: Any) -> None:
-    port = number(0, 65535)
+    port = number_between(0, 65535)
     parser.add_argument(
         "-p",
         "--port",

@@ -1260,7 +1260,9 @@ def test_an_exception_in_a_handler_costs_one_connection_and_one_line(where):
         error.clear()
         assert is_whole(ask(server.address)) and wait_until(lambda: not open_count(server))
         line = r"\[.*\] owahttps: 127.0.0.1 error: ZeroDivisionError\([ -~]*\n"
-        assert len(server.error_log) == (where != "close_or_drain") or re.fullmatch(line, server.error_log[0])
+        assert len(server.error_log) == (where != "close_or_drain") or re.fullmatch(
+            line, server.error_log[0]
+        )
 
 
 FAULTS = {
