@@ -76,7 +76,7 @@ from typing import (
     Type,
     Union,
 )
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote, urljoin, urlsplit
 
 __all__ = [
     "HostError",
@@ -3331,8 +3331,8 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # of authorities, a route) is never called the site's fault.
 #
 # A Site lives as long as a target: the URL that is asked for, the rule that must hold, the time
-# that is left, and the findings.  A Visit lives as long as one address of the site: two addresses
-# may be two machines, so answers, TLS and time-outs are remembered for each address.
+# that is left, and what was found.  A Visit lives as long as one address of the site: two
+# addresses may be two machines, so answers, TLS and time-outs are remembered for each address.
 #
 # A visit asks in this order:
 #
@@ -3348,209 +3348,117 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # After one time-out an origin is asked nothing more.  Without that, a host that is down would
 # cost ten seconds a question.
 #
-# http.client would not do.  Its time-out holds for each recv(), so a server that sends a byte now
-# and then has no end; and it drops an answer whose body is cut, or that is folded as no browser
-# minds.  http.cookiejar wants urllib's requests, and keeps what it reads for longer than a chain.
+# http.client would not do: its time-out holds for each recv(), so a server that sends a byte now
+# and then has no end.  Nor http.cookiejar: it prints a traceback for some hostile dates.
 
-# Every kind of finding: its id, its severity, and what was seen and what to do.  The id is the
+# Every kind of finding by its severity: its id, and what was seen and what to do.  The id is the
 # one of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots)
 # where theirs means the same; certificates have a name for each fault below MDN's.
 FINDINGS = {
-    "redirection-to-https": ("ok", "{url} goes to {location}"),
-    "redirection-temporary": (
-        "note",
-        "{url} answers {status}; once HTTPS is settled, RFC 6797 recommends a permanent redirect",
-    ),
-    "header.preloadable.max_age.below_1_year": (
-        "note",
-        "{url} has a Strict-Transport-Security max-age of {age} s, less than a year",
-    ),
-    "hsts-from-parent": (
-        "note",
-        "{url} sends no Strict-Transport-Security of its own: the includeSubDomains of "
-        "{parent} covers it (RFC 6797 section 8.2)",
-    ),
-    "hsts-not-everywhere": (
-        "note",
-        "{url} sends no Strict-Transport-Security, but another page of {host} does: "
-        "send it with every answer",
-    ),
-    "client-certificate-wanted": (
-        "note",
-        "{url} wants a certificate from the visitor: what a visitor with one gets was not seen",
-    ),
-    "host-reflected": (
-        "note",
-        "{url} puts a forged Host into its Location ({location}): this matters where a cache "
-        "is in front",
-    ),
-    "redirects.http.does_not_exist": (
-        "warning",
-        "nothing answers at {url} ({error}), but HTTPS does: a visitor who types http:// gets "
-        "an error. If that is meant: --ignore redirects.http.does_not_exist",
-    ),
-    "redirection-by-refresh": (
-        "warning",
-        "{url} answers {status} with a refresh to {location}, in a page's meta tag or as a field: "
-        "send a redirect instead, which every client follows",
-    ),
-    "redirection-off-host-from-http": (
-        "warning",
-        "{url} first leads to another host, {location}: lead to https on the same host first",
-    ),
-    "redirection-relative": (
-        "warning",
-        "{url} has the relative Location {location}, which stays on its scheme: make it absolute",
-    ),
-    "location-not-a-uri": (
-        "warning",
-        "{url} has the Location {location}: browsers correct it, but other clients may stop, "
-        "since it is not a URI (RFC 3986), or has userinfo",
-    ),
-    "redirects.too_many": (
-        "warning",
-        "{url} takes more than 3 redirects: lead to the last URL at once",
-    ),
-    "acme-challenge-lost": (
-        "warning",
-        "{url} loses its path, to {location}: Let's Encrypt's http-01 fails. Keep the path "
-        "below /.well-known/acme-challenge/",
-    ),
-    "https-error": ("warning", "{url} answers {status}: look at the HTTPS server"),
-    "tls-old": (
-        "warning",
-        "HTTPS at {url} is old ({what}): browsers still open it, newer clients do not",
-    ),
-    "cert-expires-soon": (
-        "warning",
-        "the certificate of {url} expires {date}, in {days} days (less than 14 days and less "
-        "than a third of its life): renew it",
-    ),
-    "response.no_header": (
-        "warning",
-        "{url} sends no usable Strict-Transport-Security: a browser will try http:// first again",
-    ),
-    "response.multiple_headers": (
-        "warning",
-        "{url} sends several Strict-Transport-Security fields that differ: browsers take only "
-        "the first one",
-    ),
-    "hsts-implemented-max-age-less-than-six-months": (
-        "warning",
-        "{url} has a Strict-Transport-Security max-age of {age} s, less than 15552000 (180 days)",
-    ),
-    "redirects.http.useless_header": (
-        "warning",
-        "{url} sends Strict-Transport-Security in clear, where browsers must ignore it",
-    ),
-    "cookie-over-http": (
-        "warning",
-        "{url} sets a cookie in clear: anybody on the way reads it",
-    ),
-    "cookie-without-secure": (
-        "warning",
-        "{url} sets a cookie without Secure: browsers send it in clear too",
-    ),
-    "target-invalid": ("unknown", "the target is invalid: {error}"),
-    "host-unknown": ("unknown", "{url} has no address to ask: {error}"),
-    "address-unreachable": (
-        "unknown",
-        "{url} cannot be reached from this machine ({error}); -4 or -6 leaves it out",
-    ),
-    "no-authorities": (
-        "unknown",
-        "this machine has no certificate authorities, so the certificate of {url} cannot be "
-        "judged: install ca-certificates here, or give --ca-file",
-    ),
-    "https-only-http2": (
-        "unknown",
-        "HTTPS at {url} speaks only HTTP/2, which owahttps does not: what it answers was not seen",
-    ),
-    "cut-short": (
-        "unknown",
-        "the check of {url} was cut short after {seconds} s or {requests} requests: "
-        "what is not named here was not asked",
-    ),
-    "http-no-answer": ("critical", "{url} gives no answer: {error}"),
-    "http-garbled": ("critical", "{url} does not answer in HTTP: see what listens there"),
-    "domain.tls.cannot_connect": (
-        "critical",
-        "HTTPS at {url} does not answer ({error}): start it, or correct the redirect",
-    ),
-    "tls-too-old": (
-        "critical",
-        "HTTPS at {url} speaks only TLS 1.1 or older, which browsers refuse: turn TLS 1.2 on",
-    ),
-    "https-misdirected": (
-        "critical",
-        "{url} answers 421: its server does not serve this name; see its names and SNI",
-    ),
-    "redirection-missing": ("critical", "{url} answers {status} in clear: redirect it to https"),
-    "iis-403.4": (
-        "critical",
-        "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 (Custom Errors, "
-        "403;4) are not done",
-    ),
-    "iis-asp-port-test": (
-        "critical",
-        "{url} answers an empty 200, as Owahttps.asp does on a port that it does not test: "
-        "correct the SERVER_PORT in its first line (owahttps.py generate --http-port)",
-    ),
-    "redirection-not-to-https-on-initial-redirection": (
-        "critical",
-        "{url} first leads to {location}: lead to https at once",
-    ),
-    "redirection-not-to-https": ("critical", "{url} ends at {location}: it must end on https"),
-    "redirects.insecure.initial": ("critical", "{url} leads to plain HTTP, {location}"),
-    "redirects.insecure.subsequent": ("critical", "{url} leads back to plain HTTP, {location}"),
-    "redirect-loop": (
-        "critical",
-        "{url} is redirected without end. Behind a load balancer that ends TLS, redirect there "
-        "and not on the server",
-    ),
-    "proxy-loop": (
-        "critical",
-        "{url} answers owahttps's 421: the proxy that ends TLS sends HTTPS traffic to the "
-        "redirect. Send it to the application",
-    ),
-    "location-invalid": (
-        "critical",
-        "{url} answers {status} with a Location that leads nowhere ({location})",
-    ),
-    "location-keeps-plain-port": (
-        "critical",
-        "{url} sends the plain port to https, {location}: drop it from the host",
-    ),
-    "rule-mismatch": ("critical", "{url} answers {status} {location}, not {expected}"),
-    "redirection-invalid-cert.expired": (
-        "critical",
-        "the certificate of {url} expired {date}: renew it",
-    ),
-    "redirection-invalid-cert.not-yet-valid": (
-        "critical",
-        "the certificate of {url} begins {date}: look at both clocks",
-    ),
-    "redirection-invalid-cert.name": (
-        "critical",
-        "the certificate of {url} does not name {host}: get one that does, or redirect to a "
-        "name it has (--host)",
-    ),
-    "redirection-invalid-cert.self-signed": (
-        "critical",
-        "the certificate of {url} is self-signed: get one from an authority",
-    ),
-    "redirection-invalid-cert.chain": (
-        "critical",
-        "the certificate of {url} does not lead to a trusted authority ({reason}): send the "
-        "intermediate certificates, or give --ca-file",
-    ),
+    "ok": {
+        "redirection-to-https": "{url} goes to {location}",
+    },
+    "note": {
+        "redirection-temporary": "{url} answers {status}; once HTTPS is settled, RFC 6797 "
+        "recommends a permanent redirect",
+        "header.preloadable.max_age.below_1_year": "{url} has a Strict-Transport-Security "
+        "max-age of {age} s, less than a year",
+        "hsts-from-parent": "{url} sends no Strict-Transport-Security of its own: the "
+        "includeSubDomains of {parent} covers it (RFC 6797 section 8.2)",
+        "client-certificate-wanted": "{url} wants a certificate from the visitor: what a visitor "
+        "with one gets was not seen",
+        "host-reflected": "{url} puts a forged Host into its Location ({location}): this matters "
+        "where a cache is in front",
+    },
+    "warning": {
+        "redirects.http.does_not_exist": "nothing answers at {url} ({error}), but HTTPS does: "
+        "a visitor who types http:// gets an error. If that is meant: "
+        "--ignore redirects.http.does_not_exist",
+        "redirection-by-refresh": "{url} answers {status} with a refresh to {location}, in a "
+        "page's meta tag or as a field: send a redirect instead, which every client follows",
+        "redirection-off-host-from-http": "{url} first leads to another host, {location}: lead to "
+        "https on the same host first",
+        "redirection-relative": "{url} has the relative Location {location}, which stays on its "
+        "scheme: make it absolute",
+        "location-not-a-uri": "{url} has the Location {location}: browsers correct it, but other "
+        "clients may stop, since it is not a URI (RFC 3986), or has userinfo",
+        "redirects.too_many": "{url} takes more than 3 redirects: lead to the last URL at once",
+        "acme-challenge-lost": "{url} loses its path, to {location}: Let's Encrypt's http-01 "
+        "fails. Keep the path below /.well-known/acme-challenge/",
+        "https-error": "{url} answers {status}: look at the HTTPS server",
+        "tls-old": "HTTPS at {url} is old ({what}): browsers still open it, newer clients do not",
+        "cert-expires-soon": "the certificate of {url} expires {date}, in {days} days (less than "
+        "14 days and less than a third of its life): renew it",
+        "response.no_header": "{url} sends no usable Strict-Transport-Security: a browser will "
+        "try http:// first again",
+        "response.multiple_headers": "{url} sends several Strict-Transport-Security fields that "
+        "differ: browsers take only the first one",
+        "hsts-implemented-max-age-less-than-six-months": "{url} has a Strict-Transport-Security "
+        "max-age of {age} s, less than 15552000 (180 days)",
+        "redirects.http.useless_header": "{url} sends Strict-Transport-Security in clear, where "
+        "browsers must ignore it",
+        "cookie-over-http": "{url} sets a cookie in clear: anybody on the way reads it",
+        "cookie-without-secure": "{url} sets a cookie without Secure: browsers send it in clear "
+        "too",
+    },
+    "unknown": {
+        "target-invalid": "the target is invalid: {error}",
+        "host-unknown": "{url} has no address to ask: {error}",
+        "address-unreachable": "{url} cannot be reached from this machine ({error}); -4 or -6 "
+        "leaves it out",
+        "no-authorities": "this machine has no certificate authorities, so the certificate of "
+        "{url} cannot be judged: install ca-certificates here, or give --ca-file",
+        "https-only-http2": "HTTPS at {url} speaks only HTTP/2, which owahttps does not: what it "
+        "answers was not seen",
+        "cut-short": "the check of {url} was cut short after {seconds} s: what is not named here "
+        "was not asked",
+    },
+    "critical": {
+        "http-no-answer": "{url} gives no answer: {error}",
+        "http-garbled": "{url} does not answer in HTTP: see what listens there",
+        "domain.tls.cannot_connect": "HTTPS at {url} does not answer ({error}): start it, or "
+        "correct the redirect",
+        "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older, which browsers refuse: turn "
+        "TLS 1.2 on",
+        "https-misdirected": "{url} answers 421: its server does not serve this name; see its "
+        "names and SNI",
+        "redirection-missing": "{url} answers {status} in clear: redirect it to https",
+        "iis-403.4": "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 "
+        "(Custom Errors, 403;4) are not done",
+        "iis-asp-port-test": "{url} answers an empty 200, as Owahttps.asp does on a port that it "
+        "does not test: correct the SERVER_PORT in its first line "
+        "(owahttps.py generate --http-port)",
+        "redirection-not-to-https-on-initial-redirection": "{url} first leads to {location}: "
+        "lead to https at once",
+        "redirection-not-to-https": "{url} ends at {location}: it must end on https",
+        "redirects.insecure.initial": "{url} leads to plain HTTP, {location}",
+        "redirects.insecure.subsequent": "{url} leads back to plain HTTP, {location}",
+        "redirect-loop": "{url} is redirected without end. Behind a load balancer that ends TLS, "
+        "redirect there and not on the server",
+        "proxy-loop": "{url} answers owahttps's 421: the proxy that ends TLS sends HTTPS traffic "
+        "to the redirect. Send it to the application",
+        "location-invalid": "{url} answers {status} with a Location that leads nowhere "
+        "({location})",
+        "location-keeps-plain-port": "{url} sends the plain port to https, {location}: drop it "
+        "from the host",
+        "rule-mismatch": "{url} answers {status} {location}, not {expected}",
+        "redirection-invalid-cert.expired": "the certificate of {url} expired {date}: renew it",
+        "redirection-invalid-cert.not-yet-valid": "the certificate of {url} begins {date}: look "
+        "at both clocks",
+        "redirection-invalid-cert.name": "the certificate of {url} does not name {host}: get one "
+        "that does, or redirect to a name it has (--host)",
+        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed: get one "
+        "from an authority",
+        "redirection-invalid-cert.chain": "the certificate of {url} does not lead to a trusted "
+        "authority ({reason}): send the intermediate certificates, or give --ca-file",
+    },
 }
-SEVERITIES = ["ignored", "ok", "note", "warning", "unknown", "critical"]  # mildest first
+SEVERITY_OF = {id: severity for severity, group in FINDINGS.items() for id in group}
+SEVERITIES = ["ignored", *FINDINGS]  # mildest first
 ALARMS = ("warning", "unknown", "critical")
 EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitoring world's
 
 MAX_HOPS = 20  # of one redirect: Chromium's limit too
-MAX_REQUESTS = 40  # to one address
 MAX_ANSWER = 256 * 1024  # bytes that are read of one response: Chromium's limit for a head
 MAX_COOKIES = 50
 TARGET_TIME_OUTS = 6  # a target may take as long as so many time-outs, whatever happens
@@ -3558,19 +3466,9 @@ DAY = 86400
 HALF_YEAR = 180 * DAY  # as MDN and testssl.sh count it
 YEAR = 365 * DAY
 PORTS = {"http": 80, "https": 443}
-# A connect() that fails like this never left this machine, or found no way from it.
-NO_WAY = (
-    errno.ENETUNREACH,
-    errno.ENETDOWN,
-    errno.EADDRNOTAVAIL,
-    errno.EAFNOSUPPORT,
-    errno.EACCES,  # a firewall here, as EPERM
-    errno.EPERM,
-    errno.EMFILE,
-)
 
-# No credential and no body ever.  Upgrade-Insecure-Requests: there are servers that redirect only clients that send it, and all
-# browsers do (W3C Upgrade Insecure Requests, section 3.2).
+# It has no credential.  Upgrade-Insecure-Requests: there are servers that redirect only clients
+# that send it, and all browsers do (W3C Upgrade Insecure Requests, section 3.2).
 CHECK_REQUEST = """\
 GET {target} HTTP/1.1\r
 Host: {host}\r
@@ -3591,7 +3489,7 @@ Problem = Tuple[str, Dict[str, Any]]  # the id of a finding, and the values in i
 class Finding(NamedTuple):
     """One kind of thing that was seen at a site."""
 
-    id: str  # a key of FINDINGS
+    id: str
     severity: str  # one of SEVERITIES
     text: str  # printable ASCII without "|": what was seen where, and what to do
     urls: List[str]  # all URLs or origins that it was seen at
@@ -3599,14 +3497,15 @@ class Finding(NamedTuple):
 
 def make_finding(id: str, values: Dict[str, Any], urls: Sequence[str] = ()) -> Finding:
     """Write the sentence of a finding, which was seen at these URLs."""
-    severity, sentence = FINDINGS[id]
     escaped = {key: log_escape(str(value), 300) for key, value in values.items()}
     if urls:
         escaped["url"] = log_escape(urls[0], 300)
     if len(urls) > 1:
         escaped["url"] += f" (and {len(urls) - 1} more)"
+    severity = SEVERITY_OF[id]
+    text = FINDINGS[severity][id].format(**escaped)
     # A "|" would begin the performance data of a monitoring plugin.
-    return Finding(id, severity, sentence.format(**escaped).replace("|", "\\x7C"), list(urls))
+    return Finding(id, severity, text.replace("|", "\\x7C"), list(urls))
 
 
 class Hop(NamedTuple):
@@ -3636,6 +3535,13 @@ class Report(NamedTuple):
         return first.text + more
 
 
+# ---- The check: URLs as browsers read them -------------------------------------------
+
+C0_AND_BLANK = "".join(chr(code) for code in range(0x21))
+# RFC 9110 section 4.2.4 deprecates userinfo; "https:/h" is a path for some clients.
+NOT_FOR_ALL_CLIENTS = re.compile("(?i)https?:(?!//[^/])|(?:https?:)?//[^/?#]*@")
+
+
 class Url(NamedTuple):
     """An http or https URL, as a browser asks for it."""
 
@@ -3656,63 +3562,23 @@ class Url(NamedTuple):
         return self.origin() + self.target
 
 
-# ---- The check: URLs as browsers read them -------------------------------------------
-
-# WHATWG URL section 1.3: what browsers percent-encode in a path, and in a query.
-ENCODED_IN_PATH = re.compile(r'[\x00-\x20"<>^`{}\x7f-\xff]')
-ENCODED_IN_QUERY = re.compile(r"[\x00-\x20\"<>'\x7f-\xff]")
-C0_AND_BLANK = "".join(chr(code) for code in range(0x21))
-# RFC 3986 section 2: what no URI has; a "%" only begins an encoded byte.
-OUTSIDE_URI = re.compile(r"[^!#$&'()*+,./0-9:;=?@A-Z\[\]_a-z~%-]|%(?![0-9A-Fa-f]{2})")
-
-
-def ascii_name(name: str) -> str:
-    """Return a server name in ASCII: "bücher.example" is "xn--bcher-kva.example".
+def ascii_authority(text: str) -> str:
+    """Return name[:port] in ASCII: "bücher.example" is "xn--bcher-kva.example".
 
     Not the codec "idna", which is IDNA 2003: it asks for strasse.de where browsers ask for
     straße.de.
     """
-    if all(character < "\x80" for character in name):
-        return name
+    if all(character < "\x80" for character in text):
+        return text
+    name, colon, port = text.partition(":")
     if len(name) > 253:  # the codec's time grows with the square of it
         raise HostError(f"{name[:300]!a} is longer than the 253 characters of a server name")
-    name = unicodedata.normalize("NFKC", name.lower()).replace("\u3002", ".")
     labels = []
-    for label in name.split("."):
+    for label in unicodedata.normalize("NFKC", name.lower()).replace("\u3002", ".").split("."):
         if any(character >= "\x80" for character in label):
             label = "xn--" + label.encode("punycode").decode("ascii")
         labels.append(label)
-    return ".".join(labels)
-
-
-def browser_authority(text: str) -> Tuple[str, int]:
-    """Take "user@name:port" apart as browsers do; HostError or ValueError if it is no host."""
-    text = text.rpartition("@")[2]
-    if text.startswith("["):
-        return split_authority(text)
-    host, _, port = text.partition(":")
-    name = ascii_name(unquote_to_bytes(host.encode("latin-1")).decode("utf-8"))
-    if ENDS_IN_NUMBER.fullmatch(name.lower()):
-        try:
-            name = socket.inet_ntoa(socket.inet_aton(name))  # "127.1" is 127.0.0.1
-        except OSError:
-            raise HostError(f"{name!a} is not an IP address") from None
-    return split_authority(f"{name}:{port}")
-
-
-def without_dots(path: str) -> str:
-    """Return a path without its "." and ".." (RFC 3986 section 5.2.4)."""
-    segments: List[str] = []
-    dots = ""
-    for segment in path.split("/")[1:]:
-        dots = segment.lower().replace("%2e", ".")
-        if dots == ".." and segments:
-            segments.pop()
-        if dots not in (".", ".."):
-            segments.append(segment)
-    if dots in (".", ".."):
-        segments.append("")
-    return "/" + "/".join(segments)
+    return ".".join(labels) + colon + port
 
 
 def resolve(text: str, base: Url) -> Url:
@@ -3722,39 +3588,18 @@ def resolve(text: str, base: Url) -> Url:
     is another one.
     """
     text = re.sub(r"[\t\r\n]", "", text.strip(C0_AND_BLANK)).partition("#")[0]
-    scheme = base.scheme
-    name, port = base.name, base.port
-    match = re.match("([A-Za-z][A-Za-z0-9+.-]*):", text)
-    if match:
-        scheme = match.group(1).lower()
-        if scheme not in PORTS:
-            raise ValueError(f"{scheme[:20]!a} is not http or https")
-        text = text[match.end() :]
     path, mark, query = text.partition("?")
-    path = path.replace("\\", "/")
-    if path.startswith("//") or scheme != base.scheme:  # "https:/h/x" is https://h/x
-        authority, slash, path = path.lstrip("/").partition("/")
-        path = slash + path
-        name, port = browser_authority(authority)
-        port = port or PORTS[scheme]
-    elif not path.startswith("/"):
-        base_path, base_mark, base_query = base.target.partition("?")
-        if not path and not mark:
-            mark, query = base_mark, base_query
-        path = base_path.rpartition("/")[0] + "/" + path if path else base_path
-    path = ENCODED_IN_PATH.sub(percent_encoded, without_dots(path))
-    query = ENCODED_IN_QUERY.sub(percent_encoded, query)
-    return Url(scheme, name, port, path + mark + query)
-
-
-def is_uri(location: str) -> bool:
-    """Return whether RFC 3986 allows this; userinfo is deprecated (RFC 9110 section 4.2.4)."""
-    if OUTSIDE_URI.search(location):
-        return False
-    match = re.match(r"(?i)(?:https?:)?//([^/?#]*)", location)
-    if match:
-        return match.group(1) != "" and "@" not in match.group(1)
-    return not re.match("(?i)https?:", location)
+    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]*):", path)
+    if scheme and scheme.group(1).lower() not in PORTS:
+        raise ValueError(f"{scheme.group(1)[:20]!a} is not http or https")
+    # "https:/h\x" is https://h/x.
+    path = re.sub("^(?i:(https?:)/*|//+)", r"\1//", path.replace("\\", "/"))
+    parts = urlsplit(urljoin(str(base), path + mark + query))
+    host = parts.netloc.rpartition("@")[2].encode("latin-1").decode("utf-8")
+    name, port = split_authority(ascii_authority(host))
+    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+    target = OUTSIDE_URL.sub(percent_encoded, target)
+    return Url(parts.scheme, name, port or PORTS[parts.scheme], target)
 
 
 def read_target(text: str) -> Tuple[Url, Url]:
@@ -3762,43 +3607,39 @@ def read_target(text: str) -> Tuple[Url, Url]:
 
     That is a host, host:port, host/path, or an http or https URL.  ValueError says what is wrong.
     """
-    if not re.match("(?i)https?://", text):
-        if "://" in text:
-            raise ValueError(f"{text[:300]!a} is not an http or https URL")
-        text = "http://" + text
-    scheme, _, rest = text.partition("://")
-    authority = re.split(r"[/?#\\]", rest)[0]
-    name, port = split_authority(ascii_name(authority))
-    latin = f"{scheme.lower()}://{name}{rest[len(authority) :]}"
-    if re.search(r"[\x00-\x20\x7f]", latin):
+    url = text if "://" in text else "http://" + text
+    if re.search(r"[\x00-\x20\x7f]", url):
         raise ValueError(f"{text[:300]!a} has a blank or a control character")
-    latin = latin.encode("utf-8", "surrogateescape").decode("latin-1")
-    target = resolve(latin, Url("http", name, 80, "/")).target
-    ports = dict(PORTS)
-    if port:
-        ports[scheme.lower()] = port
-    return Url("http", name, ports["http"], target), Url("https", name, ports["https"], target)
+    if re.match(r"\w+://[^/?#\\]*@", url):
+        raise ValueError(f"{text[:300]!a} has userinfo")
+    latin = url.encode("utf-8", "surrogateescape").decode("latin-1")
+    given = resolve(latin, Url("http", "", 80, "/"))
+    ports = dict(PORTS, **{given.scheme: given.port})
+    plain, secure = (given._replace(scheme=scheme, port=port) for scheme, port in ports.items())
+    return plain, secure
 
 
 # ---- The check: what a response says -------------------------------------------------
 
 
 class Cookie(NamedTuple):
-    """A cookie, as RFC 6265 section 5.3 keeps it."""
+    """What a browser keeps of a Set-Cookie field, as far as one chain of redirects needs it."""
 
     name: str
-    value: str
-    domain: str
-    host_only: bool
-    path: str
+    value: str  # "": it is being deleted
+    domain: str  # it goes to this name and to names below it
     secure: bool
-    deleted: bool
+
+    def goes_to(self, url: Url) -> bool:
+        """Return whether a browser sends this cookie to url (RFC 6265 section 5.4)."""
+        below = f".{url.name}".endswith(f".{self.domain}")
+        return below and self.value != "" and (url.scheme == "https" or not self.secure)
 
 
 def is_over(attributes: Dict[str, str]) -> bool:
     """Return whether a cookie with these attributes is being deleted."""
-    if re.fullmatch("-?[0-9]+", attributes.get("max-age", "")):  # it goes before Expires
-        return attributes["max-age"].startswith("-") or not attributes["max-age"].strip("0")
+    if "max-age" in attributes:  # it goes before Expires
+        return re.fullmatch("-[0-9]+|0+", attributes["max-age"]) is not None
     try:
         when = parsedate_tz(attributes.get("expires", "")[:100])
         return when is not None and mktime_tz(when) < time.time()
@@ -3806,69 +3647,19 @@ def is_over(attributes: Dict[str, str]) -> bool:
         return False
 
 
-def read_cookie(field: str, url: Url) -> Optional[Cookie]:
-    """Read a Set-Cookie field of url (RFC 6265 section 5.2); None where browsers ignore it."""
-    pair, *rest = field.split(";")
-    name, equals, value = pair.partition("=")
-    if not equals or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field) or len(pair) > 4096:
-        return None
-    attributes = {}
-    for attribute in rest:
-        key, _, setting = attribute.partition("=")
-        attributes[key.strip("\t ").lower()] = setting.strip("\t ")
-    domain = attributes.get("domain", "").lower().lstrip(".")
-    if domain and url.name != domain and not url.name.endswith("." + domain):
-        return None
-    path = attributes.get("path", "")
-    if not path.startswith("/"):
-        path = url.target.partition("?")[0].rpartition("/")[0] or "/"
-    return Cookie(
-        name.strip("\t "),
-        value.strip("\t "),
-        domain or url.name,
-        not domain,
-        path,
-        "secure" in attributes,
-        is_over(attributes),
-    )
-
-
-def goes_to(cookie: Cookie, url: Url) -> bool:
-    """Return whether a browser sends a cookie to url (RFC 6265 sections 5.1 and 5.4)."""
-    if cookie.secure and url.scheme == "http":
-        return False
-    below = not cookie.host_only and url.name.endswith("." + cookie.domain)
-    if url.name != cookie.domain and not below:
-        return False
-    path = url.target.partition("?")[0]
-    return path == cookie.path or path.startswith(cookie.path.rstrip("/") + "/")
-
-
-class CookieJar:
-    """The cookies of one chain of redirects.
-
-    There are sites that set a cookie and redirect to themselves until it comes back.
-    """
-
-    def __init__(self) -> None:
-        self.cookies: Dict[Tuple[str, str, str], Cookie] = {}
-
-    def keep(self, response: Response, url: Url) -> None:
-        """Keep the cookies that a browser keeps: over http, none that is Secure."""
-        for field in response.values("set-cookie"):
-            cookie = read_cookie(field, url)
-            if cookie is None or (cookie.secure and url.scheme == "http"):
-                continue
-            key = cookie.name, cookie.domain, cookie.path
-            if cookie.deleted:
-                self.cookies.pop(key, None)
-            elif key in self.cookies or len(self.cookies) < MAX_COOKIES:
-                self.cookies[key] = cookie
-
-    def header(self, url: Url) -> str:
-        """Return the value of the Cookie field for url."""
-        sent = [cookie for cookie in self.cookies.values() if goes_to(cookie, url)]
-        return "; ".join(f"{cookie.name}={cookie.value}" for cookie in sent)
+def read_cookies(response: Response, url: Url) -> List[Cookie]:
+    """Read the Set-Cookie fields of url's answer, without those that browsers ignore."""
+    cookies = []
+    for field in response.values("set-cookie")[:MAX_COOKIES]:
+        pairs = [pair.partition("=") for pair in field.split(";")]
+        attributes = {name.strip().lower(): value.strip() for name, _, value in pairs[1:]}
+        name, equals, value = pairs[0]
+        domain = attributes.get("domain", "").lower().lstrip(".") or url.name
+        invalid = len(field) > 4096 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
+        if equals and not invalid and f".{url.name}".endswith(f".{domain}"):
+            kept = "" if is_over(attributes) else value.strip()
+            cookies.append(Cookie(name.strip(), kept, domain, "secure" in attributes))
+    return cookies
 
 
 class Hsts(NamedTuple):
@@ -3878,24 +3669,19 @@ class Hsts(NamedTuple):
     include_subdomains: bool
 
 
-# RFC 6797 section 6.1: directives between semicolons, each a token or token "=" value.
-DIRECTIVE = r'[\t ]*(?:([^\s",;=]+)[\t ]*(?:=[\t ]*([^\s",;=]+|"(?:[^"\\]|\\.)*")[\t ]*)?)?'
-
-
 def read_hsts(field: str) -> Optional[Hsts]:
     """Read a Strict-Transport-Security field; None where one fault spoils it, as in browsers."""
-    if not re.fullmatch(f"(?:{DIRECTIVE};)*{DIRECTIVE}", field):
-        return None
     directives: Dict[str, str] = {}
-    for name, value in re.findall(f"{DIRECTIVE}(?:;|$)", field):
-        if name.lower() in directives:
+    for directive in field.split(";"):
+        name, _, value = directive.partition("=")
+        name = name.strip().lower()
+        if name and name in directives:
             return None
-        if name:
-            directives[name.lower()] = value
-    age = directives.get("max-age", "").strip('"')
-    if directives.get("includesubdomains") or not re.fullmatch("[0-9]+", age):
+        directives[name] = value.strip()
+    age = re.fullmatch('("?)([0-9]+)\\1', directives.get("max-age", ""))
+    if not age or any(" " in name for name in directives):
         return None
-    return Hsts(int(age.lstrip("0")[:18] or 0), "includesubdomains" in directives)
+    return Hsts(int(age.group(2).lstrip("0")[:18] or 0), "includesubdomains" in directives)
 
 
 # Each tag is bounded, so that no page takes long.
@@ -3911,12 +3697,12 @@ def text_of(response: Response) -> str:
 
 def refresh_of(response: Response) -> str:
     """Return the URL of a page's meta refresh, or of the field Refresh, or ""."""
-    for tag in META.findall(text_of(response)):
-        match = REFRESH_URL.search(tag)
-        if match and REFRESH.search(tag):
+    tags = [tag for tag in META.findall(text_of(response)) if REFRESH.search(tag)]
+    for text in tags + response.values("refresh"):
+        match = REFRESH_URL.search(text)
+        if match:
             return match.group(1).replace("&amp;", "&")
-    match = REFRESH_URL.search(response.field("refresh") or "")
-    return match.group(1) if match else ""
+    return ""
 
 
 def is_redirect(response: Response) -> bool:
@@ -3926,20 +3712,33 @@ def is_redirect(response: Response) -> bool:
 
 def final_response(data: bytes) -> Optional[Response]:
     """Return the first response that is not an interim one (103 Early Hints and the like)."""
-    response, rest = read_response(data)
-    while response and 100 <= response.status < 200:
-        response, rest = read_response(rest)
-    return response
+    answers, _ = read_answers(data, head_only=False)
+    return next((answer for answer in answers if answer.status >= 200), None)
 
 
-def has_come(data: bytes, url: Url) -> bool:
-    """Return whether enough of an answer has come.  Only some pages are read beyond their head."""
-    response = final_response(data)
-    if response is None:
-        return False
-    if response.complete or is_redirect(response):
-        return True
-    return url.scheme == "https" and response.status not in (400, 421)
+def is_missing(response: Response) -> str:
+    """Return the id of what a page in clear, without a redirect, is."""
+    # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
+    # bare 403, and the number is shown only on the server.
+    iis = "IIS" in (response.field("server") or "")
+    page = text_of(response)
+    about_ssl = re.search("403[.;]4|secured? (with|channel)", page)
+    other_403 = re.search("403[.;][0-9]", page)
+    if response.status == 403 and (about_ssl or (iis and not other_403)):
+        return "iis-403.4"
+    if response.status == 200 and iis and not page:
+        return "iis-asp-port-test"
+    return "redirection-missing"
+
+
+def is_trouble(response: Response) -> str:
+    """Return the id of what is wrong with a page over https, or ""."""
+    page = text_of(response)
+    if response.status == 421:
+        return "proxy-loop" if "redirect loop" in page else "https-misdirected"
+    if response.status == 400 and "required SSL certificate" in page:  # as nginx says it
+        return "client-certificate-wanted"
+    return "https-error" if response.status >= 500 else ""
 
 
 # ---- The check: TLS ------------------------------------------------------------------
@@ -3959,14 +3758,22 @@ if ssl.OPENSSL_VERSION.startswith("OpenSSL ") and ssl.OPENSSL_VERSION_INFO >= (1
 OP_LEGACY_SERVER_CONNECT = 0x4
 X509_PARTIAL_CHAIN = 0x80000
 X509_NO_CHECK_TIME = 0x200000
-# The alerts of a server that wants a certificate: 116, 42 and 40.
 # Errors are known by their text: Python 3.6 has no reason for some of them.
+TLS_FAULTS = {
+    "tls-too-old": "(?i)alert.protocol.version|unsupported.protocol|wrong.ssl.version",
+    "https-only-http2": "(?i)no.application.protocol",
+}
+# The alerts of a server that wants a certificate: 116, 42 and 40.
 CLIENT_CERTIFICATE_ALERT = re.compile(
     "(?i)alert.(certificate.required|bad.certificate|handshake.failure)"
 )
-TOO_OLD = re.compile("(?i)alert.protocol.version|unsupported.protocol|wrong.ssl.version")
-ONLY_HTTP2 = re.compile("(?i)no.application.protocol")
-NO_RFC_5746 = re.compile("(?i)unsafe.legacy.renegotiation")
+# A connect() that fails like this never left this machine, or found no way from it.  EACCES and
+# EPERM are a firewall's here.
+NO_WAY = (
+    *(errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT),
+    *(errno.EACCES, errno.EPERM, errno.EMFILE),
+)
+TIME_OUT = (socket.timeout, TimeoutError)
 
 
 class Handshake(NamedTuple):
@@ -3979,22 +3786,15 @@ class Handshake(NamedTuple):
     client_certificate: bool = False  # whether the server wants one
 
 
-class Tls(NamedTuple):
-    """How to speak to an HTTPS origin, and what is wrong with it."""
-
-    context: Optional[ssl.SSLContext]  # None: nothing there speaks TLS with us
-    problems: List[Problem]
-
-
 def tls_context(
-    trust: Optional[Trust], flags: int = 0, check_name: bool = True, legacy: bool = False
+    trust: Optional[Trust], flags: int = 0, check_name: bool = True, strict: bool = False
 ) -> ssl.SSLContext:
     """Return a context with the settings of browsers, the same on every Python.
 
     trust       None: take every certificate
     flags       of X509_VERIFY_PARAM
     check_name  whether the certificate has to have the server's name
-    legacy      speak to a server without RFC 5746 too
+    strict      do not speak to a server without RFC 5746, as browsers do
 
     Not ssl.create_default_context(): its ciphers and flags change with Python.  Since 3.13 it
     sets X509_STRICT, which the authorities of many companies fail.
@@ -4008,9 +3808,9 @@ def tls_context(
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     if getattr(ssl, "HAS_NEVER_CHECK_COMMON_NAME", False):  # from Python 3.7 on
         context.hostname_checks_common_name = False
-    context.options &= ~OP_LEGACY_SERVER_CONNECT
-    if legacy:
-        context.options |= OP_LEGACY_SERVER_CONNECT
+    context.options |= OP_LEGACY_SERVER_CONNECT
+    if strict:
+        context.options &= ~OP_LEGACY_SERVER_CONNECT
     context.verify_flags = ssl.VerifyFlags(X509_PARTIAL_CHAIN | flags)
     context.check_hostname = check_name and trust is not None
     if trust is None:
@@ -4053,19 +3853,12 @@ def certificate_dates(fields: Dict[str, Any]) -> List[Problem]:
 
 def has_no_way(error: Exception) -> bool:
     """Return whether an error is one of this machine; gaierror and SSLError count differently."""
-    if not isinstance(error, OSError) or isinstance(error, (ssl.SSLError, socket.gaierror)):
-        return False
-    return error.errno in NO_WAY
-
-
-def is_timeout(error: Exception) -> bool:
-    """Return whether nothing came in time."""
-    return isinstance(error, (socket.timeout, TimeoutError))
+    return type(error) in (OSError, PermissionError) and getattr(error, "errno", 0) in NO_WAY
 
 
 def cause_of(error: Exception) -> str:
     """Return why something failed, for a sentence."""
-    if is_timeout(error):
+    if isinstance(error, TIME_OUT):
         return "no answer in time"
     text = getattr(error, "strerror", "") or str(error)
     return re.sub(r"^\[SSL[^]]*\] | \(_ssl\.c:[0-9]+\)$", "", text)
@@ -4076,29 +3869,32 @@ def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
 
     socket.getaddrinfo() has no time-out: it is asked in a thread, which may be left behind.
     """
-    answers: List[Any] = []
+    rows: List[Any] = []
+    failures: List[OSError] = []
 
     def ask() -> None:
         try:
-            answers.append(socket.getaddrinfo(name.strip("[]"), port, family, socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            answers.append(error)
+            rows.extend(socket.getaddrinfo(name.strip("[]"), port, family, socket.SOCK_STREAM))
+        except OSError as error:
+            failures.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds)
-    if not answers:
-        raise socket.timeout("no answer in time")
-    if answers[0] == []:
-        raise OSError(f"{name!a} has no address")
-    if isinstance(answers[0], UnicodeError):  # a label of 64 characters
-        raise OSError(f"{name!a} is not a name of the DNS")
-    if isinstance(answers[0], OSError):
-        raise answers[0]
-    return sorted({(str(row[4][0]), int(row[4][1])) for row in answers[0]})
+    thread.join(max(seconds, 0.001))
+    if not rows:
+        raise failures[0] if failures else socket.timeout()
+    return sorted({(str(row[4][0]), int(row[4][1])) for row in rows})
 
 
 # ---- The check: a site and its addresses ---------------------------------------------
+
+
+class Note(NamedTuple):
+    """That something was seen once."""
+
+    url: str
+    address: str  # "": it is not about one address
+    values: Dict[str, Any]  # in the sentence of the finding
 
 
 class Site:
@@ -4110,34 +3906,27 @@ class Site:
         self.plain = plain
         self.rule = RedirectRule(**expected)
         self.expected = expected
-        port = self.rule.https_port if "https_port" in expected else secure.port
-        self.secure = secure._replace(port=port)
+        self.secure = secure._replace(port=expected.get("https_port", secure.port))
         self.trust = trust
+        self.trusting = tls_context(trust)
+        self.lenient = tls_context(None)
         self.seconds = seconds
         self.deadline = time.monotonic() + TARGET_TIME_OUTS * seconds
-        self.context = tls_context(trust)
         self.addresses: List[Address] = []
-        self.others: Dict[str, List[Address]] = {}  # by origin, of other names
         self.hops: List[Hop] = []
-        # By id: the values of its sentence, and the (URL, address) pairs it was seen at.
-        self.values: Dict[str, Dict[str, Any]] = {}
-        self.places: Dict[str, List[Tuple[str, str]]] = {}
+        self.notes: Dict[str, List[Note]] = {}  # by the id of the finding
 
-    def found(self, id: str, url: str, address: str = "", **values: Any) -> None:
-        """Note a finding; of one that is known, only the place."""
-        self.values.setdefault(id, values)
-        places = self.places.setdefault(id, [])
-        if (url, address) not in places:
-            places.append((url, address))
-
-    def cut_short(self) -> None:
-        """Say that not everything was asked."""
-        seconds = f"{TARGET_TIME_OUTS * self.seconds:g}"
-        self.found("cut-short", self.plain.name, seconds=seconds, requests=MAX_REQUESTS)
+    def found(self, id: str, url: object, address: str = "", **values: Any) -> None:
+        """Note what was seen at a URL."""
+        self.notes.setdefault(id, []).append(Note(str(url)[:2000], address, values))
 
     def is_over(self) -> bool:
-        """Return whether the time of the target is up."""
-        return time.monotonic() >= self.deadline
+        """Return whether the time of the target is up; then not everything was asked."""
+        over = time.monotonic() >= self.deadline
+        if over:
+            seconds = f"{TARGET_TIME_OUTS * self.seconds:g}"
+            self.found("cut-short", self.plain.name, seconds=seconds)
+        return over
 
     def request_deadline(self) -> float:
         """Return the deadline of a request that begins now."""
@@ -4145,9 +3934,10 @@ class Site:
 
     def finding(self, id: str, ignore: Sequence[str]) -> Finding:
         """Make the finding of all that was noted under an id."""
-        urls = list(dict.fromkeys(url for url, _ in self.places[id]))
-        finding = make_finding(id, self.values[id], urls)
-        addresses = sorted({address for _, address in self.places[id] if address})
+        notes = self.notes[id]
+        urls = list(dict.fromkeys(note.url for note in notes))
+        finding = make_finding(id, notes[0].values, urls)
+        addresses = sorted({note.address for note in notes if note.address})
         if addresses and len(addresses) < len(self.addresses):
             finding = finding._replace(text=f"{finding.text} [at {', '.join(addresses)}]")
         return finding._replace(severity="ignored") if id in ignore else finding
@@ -4160,210 +3950,182 @@ class Visit:
         self.site = site
         self.address = address
         self.answers: Dict[Tuple[Url, str], Optional[Response]] = {}
-        self.tls: Dict[str, Tls] = {}  # by origin
+        self.https: Dict[str, bool] = {}  # by origin: whether it speaks TLS with us
         self.silent: Dict[str, Exception] = {}  # by origin: its time-out
         self.asked = ""  # the address that was asked last: other names have others
         self.hsts: List[Tuple[Url, Optional[Hsts]]] = []  # of every answer over https
 
     def found(self, id: str, url: object, **values: Any) -> None:
-        """Note a finding at this address."""
-        self.site.found(id, str(url)[:2000], self.address[0], **values)
-
-    def note_silence(self, url: Url, error: Optional[Exception]) -> None:
-        """Remember a time-out, so that nothing more is asked there."""
-        if error and is_timeout(error):
-            self.silent[url.origin()] = error
+        """Note what was seen at this address."""
+        self.site.found(id, url, self.address[0], **values)
 
     # What goes over the wire.
 
-    def places(self, url: Url, deadline: float) -> List[Address]:
-        """Return where to ask for url: the site's own name is asked at this address."""
-        origin = url.origin()
-        if url.name == self.site.plain.name:
-            port = self.address[1] if origin == self.site.plain.origin() else url.port
-            return [(self.address[0], port)]
-        if origin not in self.site.others:
-            left = deadline - time.monotonic()
-            self.site.others[origin] = look_up(url.name, url.port, 0, left)
-        return self.site.others[origin]
+    def connect(self, url: Url, context: Optional[ssl.SSLContext] = None) -> Any:
+        """Return a socket to the server of url; OSError if there is none in time.
 
-    def connect(self, url: Url, deadline: float) -> socket.socket:
-        """Return a socket to the server of url; OSError if there is none before the deadline."""
+        With a context it speaks TLS, from its first byte or its do_handshake() on.
+        """
         if url.origin() in self.silent:
             raise self.silent[url.origin()]
+        deadline = self.site.request_deadline()
+        plain = url.origin() == self.site.plain.origin()
+        places = [(self.address[0], self.address[1] if plain else url.port)]
+        if url.name != self.site.plain.name:
+            places = look_up(url.name, url.port, 0, deadline - time.monotonic())
         # An address that hangs must leave time for the next one.
-        places = self.places(url, deadline)
-        share = (deadline - time.monotonic()) / len(places)
-        failure = OSError("no address")
+        share = max(deadline - time.monotonic(), 0.001) / len(places)
         for place in places:
             self.asked = place[0]
             try:
-                sock = socket.create_connection(place, max(share, 0.001))
-            except OSError as error:
-                failure = error
-            else:
-                sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                return sock
-        raise failure
-
-    def shake_hands(self, url: Url, context: ssl.SSLContext) -> Handshake:
-        """Try a handshake.  A certificate that is refused is a result; other faults are OSError."""
-        name = url.name.strip("[]")
-        with self.connect(url, self.site.request_deadline()) as plain:
-            with context.wrap_socket(
-                plain, server_hostname=name, do_handshake_on_connect=False
-            ) as tls:
-                try:
-                    tls.do_handshake()
-                except (ssl.SSLError, ssl.CertificateError) as error:
-                    # A wrong name is a ValueError in Python 3.6, and OpenSSL's reason is lost.
-                    if not isinstance(error, OSError) or "VERIFY_FAILED" in str(error):
-                        unknown = "Python 3.6 does not say why"
-                        return Handshake(refused=getattr(error, "verify_message", unknown))
-                    # A server that shares no cipher with us sends alert 40 too, but then there
-                    # is no cipher yet.
-                    if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(error)):
-                        return Handshake(client_certificate=True)
+                sock = socket.create_connection(place, share)
+                break
+            except OSError:
+                if place == places[-1]:
                     raise
-                cipher = tls.cipher()
-                return Handshake(
-                    certificate=tls.getpeercert(True) or b"",
-                    fields=tls.getpeercert() or {},
-                    cipher=cipher[0] if cipher else "",
-                )
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        if context is None:
+            return sock
+        name = url.name.strip("[]")
+        return context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
 
-    def certificate_problems(
-        self, url: Url, certificate: bytes, refused: str, legacy: bool
-    ) -> List[Problem]:
+    def shake_hands(self, url: Url, context: ssl.SSLContext, wait: bool = False) -> Handshake:
+        """Try a handshake.  A certificate that is refused is a result; other faults are OSError.
+
+        wait: in TLS 1.3 a server refuses a client without a certificate only afterwards.
+        """
+        with self.connect(url, context) as tls:
+            try:
+                tls.do_handshake()
+                if wait:
+                    tls.recv(1)
+            except (ssl.SSLError, ssl.CertificateError) as error:
+                # A wrong name is a ValueError in Python 3.6, and OpenSSL's reason is lost.
+                if not isinstance(error, OSError) or "VERIFY_FAILED" in str(error):
+                    unknown = "Python 3.6 does not say why"
+                    return Handshake(refused=getattr(error, "verify_message", unknown))
+                # A server that shares no cipher with us sends alert 40 too, but then there is
+                # no cipher yet.
+                if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(error)):
+                    return Handshake(client_certificate=True)
+                raise
+            certificate = tls.getpeercert(True)
+            return Handshake(certificate, tls.getpeercert() or {}, tls.cipher()[0])
+
+    def certificate_problems(self, url: Url, certificate: bytes, refused: str) -> List[Problem]:
         """Find out why a certificate is not trusted, one question a handshake."""
 
         def trusted(trust: Trust, flags: int, check_name: bool = False) -> Dict[str, Any]:
-            context = tls_context(trust, flags, check_name, legacy)
-            return self.shake_hands(url, context).fields
+            return self.shake_hands(url, tls_context(trust, flags, check_name)).fields
 
         # With itself as its authority, at any time: what does it say, and does it say the name?
         itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
         fields = trusted(itself, X509_NO_CHECK_TIME)
         problems = certificate_dates(fields) if fields else []
-        outdated = any(FINDINGS[id][0] == "critical" for id, _ in problems)
-        if fields and not (
-            "subjectAltName" in fields and trusted(itself, X509_NO_CHECK_TIME, True)
-        ):
+        outdated = any(SEVERITY_OF[id] == "critical" for id, _ in problems)
+        named = "subjectAltName" in fields and trusted(itself, X509_NO_CHECK_TIME, True)
+        if fields and not named:
             problems.append(("redirection-invalid-cert.name", {"host": url.name}))
         # Whatever its name and its own dates: does it lead to an authority?
-        if not trusted(self.site.trust, X509_NO_CHECK_TIME if outdated else 0):
-            if not self.site.trust and not has_authorities(self.site.context):
-                problems.append(("no-authorities", {}))
-            elif fields and fields["issuer"] == fields["subject"]:
-                problems.append(("redirection-invalid-cert.self-signed", {}))
-            else:
-                problems.append(("redirection-invalid-cert.chain", {"reason": refused}))
-        return problems
+        if trusted(self.site.trust, X509_NO_CHECK_TIME if outdated else 0):
+            return problems
+        if not self.site.trust and not has_authorities(self.site.trusting):
+            return [*problems, ("no-authorities", {})]
+        if fields and fields["issuer"] == fields["subject"]:
+            return [*problems, ("redirection-invalid-cert.self-signed", {})]
+        return [*problems, ("redirection-invalid-cert.chain", {"reason": refused})]
 
-    def look_at_tls(self, url: Url) -> Tls:
+    def tls_problems(self, url: Url) -> List[Problem]:
         """Shake hands as a browser would; OSError or ValueError: there is no HTTPS."""
         problems: List[Problem] = []
-        legacy = False
         try:
-            first = self.shake_hands(url, self.site.context)
+            first = self.shake_hands(url, tls_context(None, strict=True))
         except ssl.SSLError as error:
-            if not NO_RFC_5746.search(str(error)):
+            if "legacy" not in str(error).lower():
                 raise
             # Browsers do not mind.  Python tells it only by this error.
             problems.append(("tls-old", {"what": "no secure renegotiation, RFC 5746"}))
-            legacy = True
-            first = self.shake_hands(url, tls_context(self.site.trust, legacy=True))
-        context = tls_context(None, legacy=legacy)
+            first = self.shake_hands(url, self.site.lenient)
         if first.client_certificate:
-            return Tls(context, [("client-certificate-wanted", {})])
-        bare = self.shake_hands(url, context) if first.refused else first
-        if is_old(bare.cipher):
-            problems.append(("tls-old", {"what": f"TLS 1.2 with {bare.cipher}"}))
+            return [("client-certificate-wanted", {})]
+        if is_old(first.cipher):
+            problems.append(("tls-old", {"what": f"TLS 1.2 with {first.cipher}"}))
+        trusted = self.shake_hands(url, self.site.trusting)
         # Python 3.6 takes the name in the common name too, where there is no subjectAltName.
-        if "subjectAltName" in first.fields:
-            problems += certificate_dates(first.fields)
-        else:
-            problems += self.certificate_problems(url, bare.certificate, first.refused, legacy)
-        return Tls(context, problems)
+        if "subjectAltName" in trusted.fields:
+            return problems + certificate_dates(trusted.fields)
+        return problems + self.certificate_problems(url, first.certificate, trusted.refused)
 
-    def tls_of(self, url: Url) -> Tls:
-        """Return how to speak to the origin of url; its certificate is looked at once."""
+    def speaks_tls(self, url: Url) -> bool:
+        """Return whether the origin of url speaks TLS; its certificate is looked at once."""
         origin = url.origin()
-        if origin not in self.tls:
+        if origin not in self.https:
+            self.https[origin] = False
             try:
-                self.tls[origin] = self.look_at_tls(url)
+                problems = self.tls_problems(url)
+                self.https[origin] = True
             except (OSError, ValueError) as error:  # ValueError: dates that are no dates
-                self.tls[origin] = Tls(None, [])
-                self.no_answer("domain.tls.cannot_connect", url, error)
-            for id, values in self.tls[origin].problems:
+                problems = []
+                self.failed("domain.tls.cannot_connect", url, error)
+            for id, values in problems:
                 self.found(id, origin, **values)
-        return self.tls[origin]
+        return self.https[origin]
 
     # One question.
 
     def fetch(self, url: Url, cookies: str = "", host: str = "") -> Response:
         """GET url.  OSError: there is no answer; ValueError: the answer is not HTTP/1."""
-        context = self.tls_of(url).context if url.scheme == "https" else None
         request = CHECK_REQUEST.format(
             target=url.target,
             host=host or url.authority(),
             version=__version__,
             cookies=f"Cookie: {cookies}\r\n" if cookies else "",
         ).encode("latin-1")
+
+        def is_enough(data: bytes) -> bool:
+            """Only some pages are read beyond their head."""
+            answer = final_response(data)
+            if answer is None or answer.complete or is_redirect(answer):
+                return answer is not None
+            return url.scheme == "https" and answer.status not in (400, 421)
+
         deadline = self.site.request_deadline()
-        with contextlib.ExitStack() as stack:
-            sock = stack.enter_context(self.connect(url, deadline))
-            if context:
-                name = url.name.strip("[]")
-                sock = stack.enter_context(context.wrap_socket(sock, server_hostname=name))
-            data, error = converse(
-                sock, request, deadline, lambda data: has_come(data, url), MAX_ANSWER
-            )
-        self.note_silence(url, error)
+        with self.connect(url, self.site.lenient if url.scheme == "https" else None) as sock:
+            data, error = converse(sock, request, deadline, is_enough, MAX_ANSWER)
+        if isinstance(error, TIME_OUT):
+            self.silent[url.origin()] = error
         response = final_response(data)
         if response:
             return response
-        if error and (is_timeout(error) or not data):
-            raise error
-        if not data:
-            raise ConnectionError("closed without an answer")
-        raise ValueError("not HTTP/1")
+        if data and not isinstance(error, TIME_OUT):
+            raise ValueError("not HTTP/1")
+        raise error or ConnectionError("closed without an answer")
 
-    def wants_certificate(self, url: Url, error: Exception) -> bool:
-        """Return whether an HTTPS server closes because it wants a certificate.
+    def tls_fault(self, url: Url, error: Exception) -> str:
+        """Return the id of the finding that an error over https means, or ""."""
+        for id, pattern in TLS_FAULTS.items():
+            if re.search(pattern, str(error)):
+                return id
+        # In TLS 1.3 the alert of a server that wants a certificate is lost if our request has
+        # crossed it: then the connection is reset.  So it is asked again, without a request.
+        if self.https.get(url.origin()):
+            with contextlib.suppress(OSError):
+                if self.shake_hands(url, self.site.lenient, wait=True).client_certificate:
+                    return "client-certificate-wanted"
+        return ""
 
-        In TLS 1.3 its alert comes after the handshake, and is lost if our request has crossed it:
-        then the connection is reset.  So it is asked again, without a request.
-        """
-        context = self.tls_of(url).context
-        if context is None or is_timeout(error) or not isinstance(error, OSError):
-            return False
-        deadline = min(self.site.request_deadline(), time.monotonic() + 2)
-        try:
-            with self.connect(url, deadline) as plain:
-                with context.wrap_socket(plain, server_hostname=url.name.strip("[]")) as sock:
-                    sock.recv(1)
-        except OSError as later:
-            error = later
-        return CLIENT_CERTIFICATE_ALERT.search(str(error)) is not None
-
-    def no_answer(self, id: str, url: Url, error: Exception) -> None:
+    def failed(self, id: str, url: Url, error: Exception) -> None:
         """Note what an error means.  `id` is the finding where it means nothing special."""
-        secure = url.scheme == "https"
-        self.note_silence(url, error)
+        if isinstance(error, TIME_OUT):
+            self.silent[url.origin()] = error
         if self.site.is_over():
-            self.site.cut_short()
-        elif has_no_way(error):
-            self.found("address-unreachable", url.origin(), error=cause_of(error))
-        elif secure and TOO_OLD.search(str(error)):
-            self.found("tls-too-old", url.origin())
-        elif secure and ONLY_HTTP2.search(str(error)):
-            self.found("https-only-http2", url.origin())
-        elif secure and self.wants_certificate(url, error):
-            self.found("client-certificate-wanted", url.origin())
-        else:
-            place = url.origin() if id == "domain.tls.cannot_connect" else url
-            self.found(id, place, error=cause_of(error))
+            return
+        if has_no_way(error):
+            id = "address-unreachable"
+        elif url.scheme == "https":
+            id = self.tls_fault(url, error) or id
+        place = url if id == "http-no-answer" else url.origin()
+        self.found(id, place, error=cause_of(error))
 
     def ask(self, url: Url, cookies: str = "") -> Optional[Response]:
         """Return the answer to url, asked for once; None, and a finding, if there is none."""
@@ -4371,17 +4133,16 @@ class Visit:
         key = url, cookies
         if key in self.answers or url.origin() in self.silent:
             return self.answers.get(key)
-        if len(self.answers) == MAX_REQUESTS or self.site.is_over():
-            self.site.cut_short()
+        if self.site.is_over():
             return None
         response = None
         self.asked = ""
         start = time.monotonic()
-        if url.scheme == "http" or self.tls_of(url).context:
+        if url.scheme == "http" or self.speaks_tls(url):
             try:
                 response = self.fetch(url, cookies)
             except OSError as error:
-                self.no_answer("http-no-answer", url, error)
+                self.failed("http-no-answer", url, error)
             except ValueError:
                 self.found("http-garbled", url)
         milliseconds = int(1000 * (time.monotonic() - start))
@@ -4397,22 +4158,20 @@ class Visit:
 
     def judge_fields(self, url: Url, response: Response) -> None:
         """Judge cookies and Strict-Transport-Security, of every answer."""
-        for field in response.values("set-cookie"):
-            cookie = read_cookie(field, url)
-            if cookie is None or cookie.deleted or not cookie.value:
-                continue
-            if url.scheme == "http":
-                self.found("cookie-over-http", url)
-            elif not cookie.secure:
-                self.found("cookie-without-secure", url)
         policies = list(dict.fromkeys(response.values("strict-transport-security")))
-        if url.scheme == "https":
-            # RFC 6797 section 8.1: only the first one counts.
-            self.hsts.append((url, read_hsts(policies[0]) if policies else None))
-            if len(policies) > 1:
-                self.found("response.multiple_headers", url)
-        elif policies:
-            self.found("redirects.http.useless_header", url)
+        set_now = [cookie for cookie in read_cookies(response, url) if cookie.value]
+        if url.scheme == "http":
+            if set_now:
+                self.found("cookie-over-http", url)
+            if policies:
+                self.found("redirects.http.useless_header", url)
+            return
+        if not all(cookie.secure for cookie in set_now):
+            self.found("cookie-without-secure", url)
+        if len(policies) > 1:
+            self.found("response.multiple_headers", url)
+        # RFC 6797 section 8.1: only the first one counts.
+        self.hsts.append((url, read_hsts(policies[0]) if policies else None))
 
     def judge_hsts(self) -> None:
         """Judge what a browser knows of the site's name after all answers over https."""
@@ -4420,6 +4179,7 @@ class Visit:
         if is_address(name.strip("[]")):  # RFC 6797 section 8.3: an address cannot have it
             return
         own = [(url, hsts) for url, hsts in self.hsts if url.name == name]
+        known = any(hsts for _, hsts in own)
         parents = [
             url.name
             for url, hsts in self.hsts
@@ -4431,13 +4191,9 @@ class Visit:
                 self.found(id, url, age=hsts.max_age)
             elif hsts and hsts.max_age < YEAR:
                 self.found("header.preloadable.max_age.below_1_year", url, age=hsts.max_age)
-            elif hsts:
-                pass
-            elif any(other for _, other in own):
-                self.found("hsts-not-everywhere", url, host=name)
-            elif parents:
+            elif parents and not known:
                 self.found("hsts-from-parent", url, parent=parents[0])
-            else:
+            elif not known:
                 self.found("response.no_header", url)
 
     def next_url(self, url: Url, response: Response) -> Optional[Url]:
@@ -4445,20 +4201,20 @@ class Visit:
         locations = list(dict.fromkeys(text.strip() for text in response.values("location")))
         if not is_redirect(response):
             refresh = refresh_of(response) if url.scheme == "http" else ""
-            locations = [refresh] if refresh else []
             if not refresh:
                 return None
+            locations = [refresh]
         location = ", ".join(locations)
         try:
-            # Browsers refuse several that differ (a header may have been injected), and a NUL.
-            if len(locations) != 1 or not location or "\0" in location:
+            # Browsers refuse several that differ: a header may have been injected.
+            if len(locations) != 1 or not location:
                 raise ValueError("not one Location")
             following = resolve(location, url)
         except ValueError:
             values = {"status": response.status, "location": location or "none"}
             self.found("location-invalid", url, **values)
             return None
-        if not is_uri(location):
+        if not URI_TEXT.fullmatch(location) or NOT_FOR_ALL_CLIENTS.match(location):
             self.found("location-not-a-uri", url, location=location)
         if url.scheme == "http" and not re.match("(?i)https?:", location):
             self.found("redirection-relative", url, location=location)
@@ -4466,74 +4222,58 @@ class Visit:
 
     def judge_first(self, url: Url, response: Response, following: Url) -> None:
         """Judge the first hop: it is the one that the rule is about."""
-        expected = self.site.expected
-        values = {"location": following, "status": response.status}
-        wanted = following._replace(name=self.site.rule.host or following.name)
-        if "path" in expected or self.site.rule.keep_path:
-            wanted = resolve(self.site.rule.location(url.name, url.target), url)
+        rule, expected = self.site.rule, self.site.expected
+        wanted = following._replace(name=rule.host or following.name)
+        if "path" in expected or rule.keep_path:
+            wanted = resolve(rule.location(url.name, url.target), url)
         wanted = wanted._replace(port=expected.get("https_port", following.port))
         status = expected.get("status", response.status)
-        if not is_redirect(response):
-            self.found("redirection-by-refresh", url, **values)
-            status = self.site.rule.status if expected else status
+        if expected and not is_redirect(response):
+            status = rule.status
+        same_port = following.port == url.port != rule.https_port
         if following.scheme != "https":
-            self.found("redirection-not-to-https-on-initial-redirection", url, **values)
-        elif (
-            following.port == url.port != self.site.rule.https_port
-            and not self.tls_of(following).context
-        ):
-            self.found("location-keeps-plain-port", url, **values)
+            id = "redirection-not-to-https-on-initial-redirection"
+        elif same_port and not self.speaks_tls(following):
+            id = "location-keeps-plain-port"
         elif (wanted, status) != (following, response.status):
-            self.found("rule-mismatch", url, expected=f"{status} {wanted}", **values)
-        elif following.name not in (self.site.rule.host, url.name):
-            self.found("redirection-off-host-from-http", url, **values)
-        elif is_redirect(response):
-            self.found("redirection-to-https", url, **values)
-        # RFC 6797 section 7.2; who asks for a status has settled it.
+            id = "rule-mismatch"
+        elif not is_redirect(response):
+            id = "redirection-by-refresh"
+        elif following.name not in (rule.host, url.name):
+            id = "redirection-off-host-from-http"
+        else:
+            id = "redirection-to-https"
+        values = {"location": following, "status": response.status}
+        self.found(id, url, expected=f"{status} {wanted}", **values)
+        # RFC 6797 section 7.2; anyone who asks for a status has settled it.
         if response.status in (302, 303, 307) and "status" not in expected:
             self.found("redirection-temporary", url, **values)
-
-    def judge_missing(self, url: Url, response: Response) -> None:
-        """Say why an answer in clear is not a redirect, where it tells."""
-        # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
-        # bare 403, and the number is shown only on the server.
-        iis = "IIS" in (response.field("server") or "")
-        page = text_of(response)
-        about_ssl = re.search("403[.;]4|secured? (with|channel)", page)
-        other_403 = re.search("403[.;][0-9]", page)
-        if response.status == 403 and (about_ssl or (iis and not other_403)):
-            self.found("iis-403.4", url)
-        elif response.status == 200 and not response.body and iis:
-            self.found("iis-asp-port-test", url)
-        else:
-            self.found("redirection-missing", url, status=response.status)
 
     def judge_last(self, start: Url, url: Url, response: Response) -> None:
         """Judge where a visitor ends."""
         if is_redirect(response):  # it leads nowhere, as next_url() has said
             return
-        if url.scheme == "http" and url != start:
-            self.found("redirection-not-to-https", start, location=url)
-        elif url.scheme == "http":
-            self.judge_missing(url, response)
-        elif response.status == 421 and "redirect loop" in text_of(response):
-            self.found("proxy-loop", url)
-        elif response.status == 421:
-            self.found("https-misdirected", url)
-        elif response.status == 400 and "required SSL certificate" in text_of(response):
-            self.found("client-certificate-wanted", url.origin())  # as nginx says it
-        elif response.status >= 500:
-            self.found("https-error", url, status=response.status)
+        if url.scheme == "https":
+            id = is_trouble(response)
+        elif url == start:
+            id = is_missing(response)
+        else:
+            id = "redirection-not-to-https"
+        if id:
+            place = url if url.scheme == "https" else start
+            self.found(id, place, status=response.status, location=url)
 
     # All questions.
 
     def follow(self, start: Url) -> None:
         """Ask for start, go where it leads, and judge every hop."""
         url = start
-        jar = CookieJar()
+        # There are sites that set a cookie and redirect to themselves until it comes back.
+        jar: Dict[Tuple[str, str], Cookie] = {}
         seen: List[Tuple[Url, str]] = []
         while True:
-            cookies = jar.header(url)
+            kept = [one for one in jar.values() if one.goes_to(url)]
+            cookies = "; ".join(f"{one.name}={one.value}" for one in kept)
             if (url, cookies) in seen or len(seen) == MAX_HOPS:
                 self.found("redirect-loop", start)
                 return
@@ -4543,7 +4283,9 @@ class Visit:
             response = self.ask(url, cookies)
             if response is None:
                 return
-            jar.keep(response, url)
+            for cookie in read_cookies(response, url):
+                if url.scheme == "https" or not cookie.secure:
+                    jar[cookie.name, cookie.domain] = cookie
             following = self.next_url(url, response)
             if following is None:
                 self.judge_last(start, url, response)
@@ -4560,9 +4302,7 @@ class Visit:
         """Certificate authorities follow a redirect, but want the same path."""
         url = self.site.plain._replace(target=ACME_QUESTION)
         response = self.ask(url)
-        if not response or not is_redirect(response):
-            return
-        following = self.next_url(url, response)
+        following = self.next_url(url, response) if response else None
         if following and following.target != url.target:
             self.found("acme-challenge-lost", url, location=following)
 
@@ -4586,36 +4326,30 @@ class Visit:
             self.try_acme()
             self.try_forged_host()
 
-    def visit_secure(self, error: OSError) -> None:
-        """The plain port takes no connection: ask the HTTPS port."""
-        plain, secure = self.site.plain, self.site.secure
-        if self.tls_of(secure).context and not self.site.expected:
-            self.found("redirects.http.does_not_exist", plain, error=cause_of(error))
-        else:
-            self.found("http-no-answer", plain, error=cause_of(error))
-        self.follow(secure)
-
     def knock(self, url: Url) -> Optional[OSError]:
         """Return why a port takes no connection, or None."""
         try:
-            self.connect(url, self.site.request_deadline()).close()
+            self.connect(url).close()
         except OSError as error:
-            self.note_silence(url, error)
             return error
         return None
 
     def run(self) -> Optional[OSError]:
         """Ask everything.  Return the error if this address takes no connection at all."""
-        error = self.knock(self.site.plain)
+        plain, secure = self.site.plain, self.site.secure
+        error = self.knock(plain)
         if error is None:
             self.visit_plain()
         elif has_no_way(error):
             return error
         else:
-            secure_error = self.knock(self.site.secure)
+            secure_error = self.knock(secure)
             if secure_error:
                 return error if isinstance(error, ConnectionError) else secure_error
-            self.visit_secure(error)
+            meant = self.speaks_tls(secure) and not self.site.expected
+            id = "redirects.http.does_not_exist" if meant else "http-no-answer"
+            self.found(id, plain, error=cause_of(error))
+            self.follow(secure)
         self.judge_hsts()
         return None
 
@@ -4632,9 +4366,8 @@ def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address
     if has_no_way(error) or (alive and not family and not refused):
         site.found("address-unreachable", host, error=cause_of(error))
     else:
-        site.found("http-no-answer", str(site.plain), host, error=cause_of(error))
-        origin = site.secure.origin()
-        site.found("domain.tls.cannot_connect", origin, host, error=cause_of(error))
+        site.found("http-no-answer", site.plain, host, error=cause_of(error))
+        site.found("domain.tls.cannot_connect", site.secure.origin(), host, error=cause_of(error))
 
 
 def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
@@ -4645,19 +4378,15 @@ def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
     except OSError as error:
         site.found("host-unknown", ask.name, error=cause_of(error))
         return
-    alive: List[Address] = []
-    dead: Dict[Address, OSError] = {}
+    failures: Dict[Address, Optional[OSError]] = {}
     for address in site.addresses:
-        failure = Visit(site, address).run()
+        failures[address] = Visit(site, address).run()
         if site.is_over():
-            site.cut_short()
             break
+    alive = [address for address, failure in failures.items() if not failure]
+    for address, failure in failures.items():
         if failure:
-            dead[address] = failure
-        else:
-            alive.append(address)
-    for address, failure in dead.items():
-        judge_dead(site, address, failure, alive)
+            judge_dead(site, address, failure, alive)
 
 
 def check(
@@ -4680,17 +4409,18 @@ def check(
     seconds   for each request; a target takes at most six times as long
     ignore    ids of FINDINGS that do not count
 
-    Raises ValueError for a target that is not one, RuleError for an invalid rule, and OSError
-    for a trust that cannot be read; never for what a server does.
+    Raises RuleError for an invalid rule, ValueError for an invalid `connect`, and OSError for
+    a trust that cannot be read; never for the target or for what a server does.
     """
-    plain, secure = read_target(target)
+    try:
+        plain, secure = read_target(target)
+    except ValueError as error:  # one target that is nonsense does not stop the others
+        return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
     visit_all(site, read_target(connect)[0] if connect else None, family)
-    findings = [site.finding(id, ignore) for id in site.values]
+    findings = [site.finding(id, ignore) for id in site.notes]
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
-    severity = findings[0].severity
-    if severity not in EXIT_CODES:
-        severity = "ok"
+    severity = findings[0].severity if findings[0].severity in EXIT_CODES else "ok"
     return Report(target, severity, site.hops, findings)
 
 
@@ -5133,34 +4863,24 @@ def command_selftest(args: argparse.Namespace) -> int:
 
 
 def add_check_arguments(parser: Any) -> None:
-    parser.add_argument(
-        "target", nargs="*", metavar="TARGET", help="a host, host:port, host/path, or a URL"
-    )
-    parser.add_argument("--list", action="store_true", help="list the ids of all findings")
-    parser.add_argument(
+    add = parser.add_argument
+    many = {"action": "append", "default": [], "metavar": "ID"}
+    add("target", nargs="*", metavar="TARGET", help="a host, host:port, host/path, or a URL")
+    add("--list", action="store_true", help="list the ids of all findings")
+    add(
         "--ignore",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="leave a finding out of the verdict, by its id (see check --list); may be repeated",
+        help="leave the finding with this id out of the verdict; may be repeated",
+        **many,
     )
-    parser.add_argument(
-        "--ca-file", default="", metavar="FILE", help="trust these authorities, not the system's"
-    )
-    parser.add_argument(
-        "--connect", default="", metavar="HOST:PORT", help="ask there, for the same name"
-    )
-    parser.add_argument("-4", dest="ipv4", action="store_true", help="ask only IPv4 addresses")
-    parser.add_argument("-6", dest="ipv6", action="store_true", help="ask only IPv6 addresses")
-    parser.add_argument(
-        "--timeout",
-        type=number_between(0.1, 9999.0),
-        default=10.0,
-        metavar="SECONDS",
-        help="for each request; a target takes at most six times as long (default: 10)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each target")
-    parser.add_argument("--quiet", action="store_true", help="print only warnings and worse")
+    add("--ca-file", metavar="FILE", help="trust these authorities, not the system's")
+    add("--connect", default="", metavar="HOST:PORT", help="ask there, for the same name")
+    add("-4", dest="ipv4", action="store_true", help="ask only IPv4 addresses")
+    add("-6", dest="ipv6", action="store_true", help="ask only IPv6 addresses")
+    seconds = number_between(0.1, 9999.0)
+    text = "for each request; a target takes at most six times as long (default: 10)"
+    add("--timeout", type=seconds, default=10.0, metavar="SECONDS", help=text)
+    add("--json", action="store_true", help="print one JSON object for each target")
+    add("--quiet", action="store_true", help="print only warnings and worse")
     leave_out = ("--allow-host", "--api", "--acme-dir", "--health")
     add_rule_arguments(parser, leave_out, enforced=False)
 
@@ -5180,23 +4900,12 @@ def print_folded(indent: int, word: str, text: str) -> None:
 
 def shown_target(target: str) -> str:
     """Return a target for the screen: as it was typed, and as DNS has it if that is not ASCII."""
-    try:
-        name = read_target(target)[0].name
-    except ValueError:
-        return log_escape(target, 300)
     if target.isprintable() and any(character > "~" for character in target):
         encoding = sys.stdout.encoding or "utf-8"
-        return f"{target.encode(encoding, 'backslashreplace').decode(encoding)} ({name})"
+        typed = target.encode(encoding, "backslashreplace").decode(encoding)
+        with contextlib.suppress(ValueError):
+            return f"{typed} ({read_target(target)[0].name})"
     return log_escape(target, 300)
-
-
-def check_target(target: str, *settings: Any) -> Report:
-    """Check one target.  One that is nonsense does not stop the others."""
-    try:
-        read_target(target)
-    except ValueError as error:
-        return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
-    return check(target, *settings)
 
 
 def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
@@ -5204,7 +4913,7 @@ def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
     from concurrent.futures import ThreadPoolExecutor  # `serve` has no use for it
 
     with ThreadPoolExecutor(16) as pool:
-        futures = [pool.submit(check_target, target, *settings) for target in targets]
+        futures = [pool.submit(check, target, *settings) for target in targets]
         try:
             for future in futures:
                 yield future.result()
@@ -5238,16 +4947,21 @@ def report_as_json(report: Report) -> str:
     return json.dumps(dict(report._asdict(), hops=hops, findings=findings))
 
 
-def command_check(args: argparse.Namespace) -> int:
-    """Is port 80 of these sites handled right?"""
-    if args.list:
-        for id, (severity, sentence) in FINDINGS.items():
+def list_findings() -> int:
+    """Print the id, the severity and the sentence of each kind of finding."""
+    for severity, group in FINDINGS.items():
+        for id, sentence in group.items():
             print_folded(0, severity, f"{id}  {sentence.replace('{', '<').replace('}', '>')}")
-        return 0
+    return 0
+
+
+def command_check(args: argparse.Namespace) -> int:
+    if args.list:
+        return list_findings()
     if not args.target:
         raise RuleError("no TARGET: give a host, or --list")
     for id in args.ignore:
-        if id not in FINDINGS:
+        if id not in SEVERITY_OF:
             raise RuleError(f"--ignore {id!a} is not an id of check --list")
     trust = {"cafile": args.ca_file} if args.ca_file else {}
     try:
