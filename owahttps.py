@@ -4749,11 +4749,16 @@ def number_between(low: float, high: float) -> Callable[[str], Any]:
     return convert
 
 
-def add_rule_arguments(parser: Any, leave_out: Sequence[str] = (), enforced: bool = True) -> None:
-    """Add the options of a RedirectRule, but for those of `leave_out`.
+def add_rule_arguments(
+    parser: Any,
+    leave_out: Sequence[str] = (),
+    enforced: bool = True,
+    default_path: str = RedirectRule().path,
+) -> None:
+    """Add the options of a RedirectRule, except those of `leave_out`.
 
-    One that is not given is not in the namespace, so that its default stands in RedirectRule
-    only.  Where the rule is not enforced, an option that is not given accepts what is there.
+    One that is not given is not in the namespace, so that its default stands only in
+    RedirectRule.  Where the rule is not enforced, an option that is not given accepts anything.
     """
     group = parser.add_argument_group("the rule")
 
@@ -4765,7 +4770,7 @@ def add_rule_arguments(parser: Any, leave_out: Sequence[str] = (), enforced: boo
     port, default = number_between(1, 65535), RedirectRule()
     many = {"action": "append", "metavar": "NAME", "dest": "allow_hosts"}
     api = {"action": "append", "metavar": "PATH"}
-    add("--path", "where every request leads", default.path, metavar="PATH")
+    add("--path", "where every request leads", default_path, metavar="PATH")
     add("--keep-path", "keep the path and query of the request instead", action="store_true")
     add("--host", "lead to this name instead of the requested one", metavar="NAME")
     add("--https-port", "lead to this port", default.https_port, type=port, metavar="PORT")
@@ -4799,7 +4804,10 @@ def say(text: str) -> None:
 
 def print_verdict(word: str, *columns: str) -> None:
     """Print a line that begins with a verdict, coloured for a person (https://no-color.org)."""
-    colours = {"ok": 32, "note": 36, "warning": 33, "unknown": 35, "critical": 31, "FAIL": 31}
+    colours = {
+        **{"ok": 32, "note": 36, "warning": 33, "unknown": 35, "critical": 31},  # check
+        **{"unsafe": 31, "MUST": 31, "differs": 33},  # selftest
+    }
     padded = word.ljust(8)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         padded = f"\033[{colours.get(word, 0)}m{word}\033[m" + padded[len(word) :]
@@ -4991,7 +4999,7 @@ def add_generate_arguments(parser: Any) -> None:
         metavar="PORT",
         help="the port of plain HTTP (default: 80)",
     )
-    add_rule_arguments(parser)
+    add_rule_arguments(parser, default_path="/exchange; exchange: /owa; iis keeps the path")
 
 
 def recipe_rule(args: argparse.Namespace) -> RedirectRule:
@@ -5426,6 +5434,8 @@ examples:
         """\
 examples:
   owahttps.py generate                        the article: page and IIS steps
+  owahttps.py generate --part asp --write .   only the page, as a file
+  owahttps.py generate exchange --host mail.example.com --write .
   owahttps.py generate nginx --keep-path --status 308
 """,
     ),
@@ -5434,6 +5444,8 @@ examples:
         command_selftest,
         "prove the redirect, end to end and case by case",
         """\
+Exit 1: a case has failed; with --against, one of the levels safe and must.
+
 examples:
   owahttps.py selftest
   owahttps.py selftest --against http://127.0.0.1:8080 --keep-path
