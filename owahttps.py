@@ -165,9 +165,9 @@ def split_authority(text: str) -> Tuple[str, int]:
     name = (match.group(1) or match.group(2)).lower()
     if len(name) > 253:
         raise HostError(f"{text[:300]!a} is longer than the 253 characters of a server name")
-    if match.group(2) or ENDS_IN_NUMBER.fullmatch(name):
-        if not is_address(name.strip("[]")):
-            raise HostError(f"{text!a} is not an IP address")
+    numeric = match.group(2) or ENDS_IN_NUMBER.fullmatch(name)
+    if numeric and not is_address(name.strip("[]")):
+        raise HostError(f"{text!a} is not an IP address")
     port = int(match.group(3) or 0)
     if port > 65535 or (match.group(3) and port == 0):
         raise HostError(f"{text!a} has a port that is not in 1-65535")
@@ -416,8 +416,8 @@ LOOP_SIGNS = {
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
 # The fields that an answer depends on, and those of a log line.
-FIELD_NAMES = "host connection content-length transfer-encoding referer user-agent".split()
-FIELD_NAMES += LOOP_SIGNS
+FIELD_NAMES = ["host", "connection", "content-length", "transfer-encoding", *LOOP_SIGNS]
+FIELD_NAMES += ["referer", "user-agent"]
 FIELD = re.compile(rf"\n((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
@@ -1271,7 +1271,7 @@ class RedirectServer(AnyFamilyServer):
         return more
 
     def make_room(self, error_number: Optional[int]) -> None:
-        """After accept() failed with this errno, close a connection for the next client, or pause."""
+        """Close a connection for the next client, or pause, after accept() failed with this."""
         if self.accepted:
             return  # most of these end at once, and give their descriptors back
         if error_number in NO_DESCRIPTORS and self.connections:
@@ -1282,8 +1282,8 @@ class RedirectServer(AnyFamilyServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         request.setblocking(False)
         # The constructor calls setup(), and handle(), which leaves a non-blocking socket alone.
-        handler = self.RequestHandlerClass(request, client_address, self)
-        self.accepted.append(handler)  # type: ignore[arg-type]
+        handler: Any = self.RequestHandlerClass(request, client_address, self)  # type: ignore
+        self.accepted.append(handler)
 
     def serve(self, handlers: List[RedirectHandler]) -> None:
         """Take each step with all of these; an exception costs its own connection."""
@@ -1539,8 +1539,9 @@ def article_recipe(version: int, rule: RedirectRule, port: int) -> List[Part]:
 
 # Only for loopback addresses: anyone can read this key.  The certificate is not a CA: to trust it
 # is to trust it for localhost only.  It was made by:
-#   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -keyout - \
-#     -not_before 20000101000000Z -not_after 99991231235959Z -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
+#   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout - \
+#     -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
+#     -not_before 20000101000000Z -not_after 99991231235959Z \
 #     -addext basicConstraints=critical,CA:FALSE -addext keyUsage=critical,digitalSignature \
 #     -addext extendedKeyUsage=serverAuth
 STUB_KEY = """\
@@ -1573,11 +1574,13 @@ STUB_PAGE = """\
 <style>
   :root {{ color-scheme: light dark; --line: #8884; --good: #0a7d33; --bad: #b3261e; }}
   @media (prefers-color-scheme: dark) {{ :root {{ --good: #5fd38d; --bad: #ff8a80; }} }}
-  body {{ font: 1.05rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1.2rem; }}
+  body {{ font: 1.05rem/1.5 system-ui, sans-serif; }}
+  body {{ max-width: 40rem; margin: 3rem auto; padding: 0 1.2rem; }}
   h1 {{ font-size: 1.5rem; color: var(--{mood}); text-wrap: balance; }}
   li {{ margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .5rem; }}
   ol {{ padding: 0; list-style: decimal inside; }}
-  code {{ display: block; margin-top: .3rem; font-size: .95rem; overflow-wrap: anywhere; white-space: pre-wrap; }}
+  code {{ display: block; margin-top: .3rem; font-size: .95rem; }}
+  code {{ overflow-wrap: anywhere; white-space: pre-wrap; }}
 </style>
 <h1>{title}</h1>
 <ol>
@@ -1599,7 +1602,8 @@ class StubHandler(BaseHTTPRequestHandler):
     def story(self) -> Story:
         """Return what happened to this browser."""
         told = self.server.story(self.headers.get("Host", ""))  # type: ignore[attr-defined]
-        version, cipher = self.connection.version(), self.connection.cipher()[0]  # type: ignore
+        sock: Any = self.connection
+        version, cipher = sock.version(), sock.cipher()[0]
         return [*told, ("This page came over a secure channel.", f"{version}, {cipher}")]
 
     def do_GET(self) -> None:
@@ -1657,7 +1661,7 @@ class StubServer(ThreadingServer):
         server_address: Address,
         certificate: str = "",
         key: str = "",
-        story: Callable[[str], Story] = lambda host: [],
+        story: Callable[[str], Story] = lambda _: [],
         tell: Optional[Callable[[str], Any]] = None,
     ) -> None:
         self.story, self.tell = story, tell
@@ -4859,7 +4863,7 @@ def add_serve_arguments(parser: Any) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="open at the same time (default: 16384, or what the limit of open files allows, less 64)",
+        help="open at the same time (default: 16384, at most the limit of open files less 64)",
     )
     parser.add_argument("--quiet", action="store_true", help="write no access log")
     add_rule_arguments(parser)
@@ -4913,7 +4917,7 @@ def warnings_for(rule: RedirectRule, host: str) -> Iterator[str]:
         yield "runs as root: --user NAME gives that up once the port is bound"
     if rule.status in (301, 308):
         if host == "::1" or host.startswith("127."):
-            yield f"browsers keep a {rule.status} for a day, for localhost too: 302 or 307 is not kept"
+            yield f"browsers keep a {rule.status} for a day, for localhost too: a 302 they do not"
         if not rule.host and not rule.allow_hosts:
             yield (
                 f"a permanent redirect ({rule.status}) for every name: "
@@ -4952,7 +4956,7 @@ def command_serve(args: argparse.Namespace) -> int:
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
     with open_server(args, rule) as server:
-        server.error_log = errors = Log(2, tell=lambda text: None)
+        server.error_log = errors = Log(2, tell=lambda _: None)
 
         def tell(text: str) -> None:
             errors.write(f"owahttps: {text}\n")
