@@ -3385,6 +3385,7 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # Every kind of finding by its severity: its id, and what was seen and what to do.  The id is the
 # one of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots)
 # where theirs means the same; certificates have a name for each fault below MDN's.
+# HSTS is Strict-Transport-Security (RFC 6797).
 FINDINGS = {
     "ok": {
         "redirection-to-https": "{url} goes to {location}",
@@ -3392,67 +3393,47 @@ FINDINGS = {
     "note": {
         "redirection-temporary": "{url} answers {status}; once HTTPS is settled, RFC 6797 "
         "recommends a permanent redirect",
-        "header.preloadable.max_age.below_1_year": "{url} has a Strict-Transport-Security "
-        "max-age of {age} s, less than a year",
-        "hsts-from-parent": "{url} sends no Strict-Transport-Security of its own: the "
-        "includeSubDomains of {parent} covers it (RFC 6797 section 8.2)",
-        "client-certificate-wanted": "{url} wants a certificate from the visitor: what a visitor "
-        "with one gets was not seen",
-        "host-reflected": "{url} puts a forged Host into its Location ({location}): this matters "
-        "where a cache is in front",
+        "header.preloadable.max_age.below_1_year": "{url} sends HSTS of {age} s, less than a year",
+        "hsts-from-parent": "{url} sends no HSTS of its own, but that of {parent} covers it",
+        "client-certificate-wanted": "{url} wants a client certificate: its page was not seen",
+        "host-reflected": "{url} puts a forged Host into its Location: a cache would keep it",
     },
     "warning": {
-        "redirects.http.does_not_exist": "nothing answers at {url} ({error}), but HTTPS does: "
-        "a visitor who types http:// gets an error. If that is meant: "
-        "--ignore redirects.http.does_not_exist",
+        "redirects.http.does_not_exist": "nothing answers at {url} ({error}), but HTTPS does; "
+        "if that is meant: --ignore redirects.http.does_not_exist",
         "redirection-by-refresh": "{url} answers {status} with a refresh to {location}, in a "
         "page's meta tag or as a field: send a redirect instead, which every client follows",
-        "redirection-off-host-from-http": "{url} first leads to another host, {location}: lead to "
-        "https on the same host first",
-        "redirection-relative": "{url} has the relative Location {location}, which stays on its "
-        "scheme: make it absolute",
-        "location-not-a-uri": "{url} has the Location {location}: browsers correct it, but other "
-        "clients may stop, since it is not a URI (RFC 3986), or has userinfo",
+        "redirection-off-host-from-http": "{url} leads to another host first: {location}",
+        "redirection-relative": "{url} has the relative Location {location}: make it absolute",
+        "location-not-a-uri": "{url} has the invalid Location {location}: only browsers correct it",
         "redirects.too_many": "{url} takes more than 3 redirects: lead to the last URL at once",
-        "acme-challenge-lost": "{url} loses its path, to {location}: Let's Encrypt's http-01 "
-        "fails. Keep the path below /.well-known/acme-challenge/",
+        "acme-challenge-lost": "{url} loses its path, to {location}, and http-01 fails: keep it",
         "https-error": "{url} answers {status}: look at the HTTPS server",
         "tls-old": "HTTPS at {url} is old ({what}): browsers still open it, newer clients do not",
-        "cert-expires-soon": "the certificate of {url} expires {date}, in {days} days (less than "
-        "14 days and less than a third of its life): renew it",
-        "response.no_header": "{url} sends no usable Strict-Transport-Security: a browser will "
-        "try http:// first again",
-        "response.multiple_headers": "{url} sends several Strict-Transport-Security fields that "
-        "differ: browsers take only the first one",
-        "hsts-implemented-max-age-less-than-six-months": "{url} has a Strict-Transport-Security "
-        "max-age of {age} s, less than 15552000 (180 days)",
-        "redirects.http.useless_header": "{url} sends Strict-Transport-Security in clear, where "
-        "browsers must ignore it",
+        "cert-expires-soon": "the certificate of {url} expires {date}, in {days} days: renew it",
+        "response.no_header": "{url} sends no usable HSTS: browsers will try http:// again",
+        "response.multiple_headers": "{url} sends several HSTS fields: browsers take only the first",
+        "hsts-implemented-max-age-less-than-six-months": "{url} sends HSTS of {age} s, less than "
+        "15552000 (180 days)",
+        "redirects.http.useless_header": "{url} sends HSTS in clear, where browsers ignore it",
         "cookie-over-http": "{url} sets a cookie in clear: anybody on the way reads it",
-        "cookie-without-secure": "{url} sets a cookie without Secure: browsers send it in clear "
-        "too",
+        "cookie-without-secure": "{url} sets a cookie without Secure: it goes in clear too",
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
         "host-unknown": "{url} has no address to ask: {error}",
-        "address-unreachable": "{url} cannot be reached from this machine ({error}); -4 or -6 "
-        "leaves it out",
+        "address-unreachable": "no way to {url} from this machine ({error}): try -4 or -6",
         "no-authorities": "this machine has no certificate authorities, so the certificate of "
         "{url} cannot be judged: install ca-certificates here, or give --ca-file",
-        "https-only-http2": "HTTPS at {url} speaks only HTTP/2, which owahttps does not: what it "
-        "answers was not seen",
-        "cut-short": "the check of {url} was cut short after {seconds} s: what is not named here "
-        "was not asked",
+        "https-only-http2": "HTTPS at {url} speaks only HTTP/2, which owahttps does not",
+        "cut-short": "the check of {url} ended after {seconds} s: not everything was asked",
     },
     "critical": {
         "http-no-answer": "{url} gives no answer: {error}",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
-        "domain.tls.cannot_connect": "HTTPS at {url} does not answer ({error}): start it, or "
-        "correct the redirect",
-        "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older, which browsers refuse: turn "
-        "TLS 1.2 on",
-        "https-misdirected": "{url} answers 421: its server does not serve this name; see its "
-        "names and SNI",
+        "domain.tls.cannot_connect": "no HTTPS at {url} ({error}): start it, or lead elsewhere",
+        "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older: turn TLS 1.2 on",
+        "https-misdirected": "{url} answers 421: it does not serve this name (see SNI)",
         "redirection-missing": "{url} answers {status} in clear: redirect it to https",
         "iis-403.4": "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 "
         "(Custom Errors, 403;4) are not done",
@@ -3468,18 +3449,14 @@ FINDINGS = {
         "redirect there and not on the server",
         "proxy-loop": "{url} answers owahttps's 421: the proxy that ends TLS sends HTTPS traffic "
         "to the redirect. Send it to the application",
-        "location-invalid": "{url} answers {status} with a Location that leads nowhere "
-        "({location})",
-        "location-keeps-plain-port": "{url} sends the plain port to https, {location}: drop it "
-        "from the host",
+        "location-invalid": "{url} answers {status}, and its Location leads nowhere ({location})",
+        "location-keeps-plain-port": "{url} keeps the plain port in {location}: drop it",
         "rule-mismatch": "{url} answers {status} {location}, not {expected}",
         "redirection-invalid-cert.expired": "the certificate of {url} expired {date}: renew it",
-        "redirection-invalid-cert.not-yet-valid": "the certificate of {url} begins {date}: look "
-        "at both clocks",
+        "redirection-invalid-cert.not-yet-valid": "the certificate of {url} begins {date}",
         "redirection-invalid-cert.name": "the certificate of {url} does not name {host}: get one "
         "that does, or redirect to a name it has (--host)",
-        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed: get one "
-        "from an authority",
+        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed: get another",
         "redirection-invalid-cert.chain": "the certificate of {url} does not lead to a trusted "
         "authority ({reason}): send the intermediate certificates, or give --ca-file",
     },
@@ -3612,11 +3589,6 @@ def ascii_authority(text: str) -> str:
     return ".".join(labels) + colon + port
 
 
-def percent_encoded(match: "re.Match[str]") -> str:
-    """Return one character below U+0100 in percent-encoding."""
-    return f"%{ord(match.group()):02X}"
-
-
 def resolve(text: str, base: Url) -> Url:
     """Return where a browser at base goes for this text (WHATWG URL section 4.4).
 
@@ -3634,8 +3606,7 @@ def resolve(text: str, base: Url) -> Url:
     host = parts.netloc.rpartition("@")[2].encode("latin-1").decode("utf-8")
     name, port = split_authority(ascii_authority(host))
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    target = OUTSIDE_URL.sub(percent_encoded, target)
-    return Url(parts.scheme, name, port or PORTS[parts.scheme], target)
+    return Url(parts.scheme, name, port or PORTS[parts.scheme], percent_encode(target))
 
 
 def read_target(text: str) -> Tuple[Url, Url]:
@@ -3702,7 +3673,7 @@ class Hsts(NamedTuple):
     """What a Strict-Transport-Security field says."""
 
     max_age: int
-    include_subdomains: bool
+    covers_subdomains: bool
 
 
 def read_hsts(field: str) -> Optional[Hsts]:
@@ -3717,7 +3688,8 @@ def read_hsts(field: str) -> Optional[Hsts]:
     age = re.fullmatch('("?)([0-9]+)\\1', directives.get("max-age", ""))
     if not age or any(" " in name for name in directives):
         return None
-    return Hsts(int(age.group(2).lstrip("0")[:18] or 0), "includesubdomains" in directives)
+    seconds = int(age.group(2).lstrip("0")[:18] or 0)
+    return Hsts(seconds, seconds > 0 and "includesubdomains" in directives)
 
 
 # Each tag is bounded, so that no page takes long.
@@ -4035,6 +4007,7 @@ class Visit:
                 tls.do_handshake()
                 if wait:
                     tls.recv(1)
+                    return Handshake()
             except (ssl.SSLError, ssl.CertificateError) as error:
                 # A wrong name is a ValueError in Python 3.6, and OpenSSL's reason is lost.
                 if not isinstance(error, OSError) or "VERIFY_FAILED" in str(error):
@@ -4216,21 +4189,20 @@ class Visit:
             return
         own = [(url, hsts) for url, hsts in self.hsts if url.name == name]
         known = any(hsts for _, hsts in own)
-        parents = [
-            url.name
-            for url, hsts in self.hsts
-            if hsts and hsts.max_age and hsts.include_subdomains and name.endswith("." + url.name)
-        ]
+        parent = ""
+        for url, hsts in self.hsts:
+            if hsts and hsts.covers_subdomains and name.endswith("." + url.name):
+                parent = url.name
         for url, hsts in own:
             if hsts and hsts.max_age < HALF_YEAR:
                 id = "hsts-implemented-max-age-less-than-six-months"
-                self.found(id, url, age=hsts.max_age)
             elif hsts and hsts.max_age < YEAR:
-                self.found("header.preloadable.max_age.below_1_year", url, age=hsts.max_age)
-            elif parents and not known:
-                self.found("hsts-from-parent", url, parent=parents[0])
-            elif not known:
-                self.found("response.no_header", url)
+                id = "header.preloadable.max_age.below_1_year"
+            elif known:
+                continue
+            else:
+                id = "hsts-from-parent" if parent else "response.no_header"
+            self.found(id, url, age=hsts and hsts.max_age, parent=parent)
 
     def next_url(self, url: Url, response: Response) -> Optional[Url]:
         """Return where a browser goes from this answer; None where it stays."""
@@ -4349,7 +4321,7 @@ class Visit:
             response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
             location = response.field("location") or ""
             if resolve(location, root).name == FORGED_HOST:
-                self.found("host-reflected", root, location=location)
+                self.found("host-reflected", root)
 
     def visit_plain(self) -> None:
         """Ask the plain port."""
