@@ -3897,14 +3897,6 @@ def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
 # ---- The check: a site and its addresses ---------------------------------------------
 
 
-class Note(NamedTuple):
-    """That something was seen once."""
-
-    url: str
-    address: str  # "": it is not about one address
-    values: Dict[str, Any]  # in the sentence of the finding
-
-
 class Site:
     """A target: what holds for all of its addresses."""
 
@@ -3922,11 +3914,12 @@ class Site:
         self.deadline = time.monotonic() + TARGET_TIME_OUTS * seconds
         self.addresses: List[Address] = []
         self.hops: List[Hop] = []
-        self.notes: Dict[str, List[Note]] = {}  # by the id of the finding
+        # By the id of the finding: URL, address ("": all), and the values in the sentence.
+        self.notes: Dict[str, List[Tuple[str, str, Dict[str, Any]]]] = {}
 
     def found(self, id: str, url: object, address: str = "", **values: Any) -> None:
         """Note what was seen at a URL."""
-        self.notes.setdefault(id, []).append(Note(str(url)[:2000], address, values))
+        self.notes.setdefault(id, []).append((str(url)[:2000], address, values))
 
     def is_over(self) -> bool:
         """Return whether the time of the target is up; then not everything was asked."""
@@ -3942,10 +3935,9 @@ class Site:
 
     def finding(self, id: str, ignore: Sequence[str]) -> Finding:
         """Make the finding of all that was noted under an id."""
-        notes = self.notes[id]
-        urls = list(dict.fromkeys(note.url for note in notes))
-        finding = make_finding(id, notes[0].values, urls)
-        addresses = sorted({note.address for note in notes if note.address})
+        urls, where, values = zip(*self.notes[id])
+        finding = make_finding(id, values[0], list(dict.fromkeys(urls)))
+        addresses = sorted(set(where) - {""})
         if addresses and len(addresses) < len(self.addresses):
             finding = finding._replace(text=f"{finding.text} [at {', '.join(addresses)}]")
         return finding._replace(severity="ignored") if id in ignore else finding
@@ -4094,9 +4086,10 @@ class Visit:
         def is_enough(data: bytes) -> bool:
             """Only some pages are read beyond their head."""
             answer = final_response(data)
-            if answer is None or answer.complete or is_redirect(answer):
-                return answer is not None
-            return url.scheme == "https" and answer.status not in (400, 421)
+            if answer is None:
+                return False
+            unread = url.scheme == "https" and answer.status not in (400, 421)
+            return unread or answer.complete or is_redirect(answer)
 
         deadline = self.site.request_deadline()
         with self.connect(url, self.site.lenient if url.scheme == "https" else None) as sock:
@@ -4339,6 +4332,8 @@ class Visit:
         try:
             self.connect(url).close()
         except OSError as error:
+            if isinstance(error, TIME_OUT):
+                self.silent[url.origin()] = error
             return error
         return None
 
