@@ -3393,8 +3393,7 @@ FINDINGS = {
         "redirection-to-https": "{url} goes to {location}",
     },
     "note": {
-        "redirection-temporary": "{url} answers {status}; once HTTPS is settled, RFC 6797 "
-        "recommends a permanent redirect",
+        "redirection-temporary": "{url} answers {status}: make it permanent once HTTPS is settled",
         "header.preloadable.max_age.below_1_year": "{url} sends HSTS of {age} s, less than a year",
         "hsts-from-parent": "{url} sends no HSTS of its own, but that of {parent} covers it",
         "client-certificate-wanted": "{url} wants a client certificate: its page was not seen",
@@ -3403,8 +3402,8 @@ FINDINGS = {
     "warning": {
         "redirects.http.does_not_exist": "nothing answers at {url} ({error}), but HTTPS does; "
         "if that is meant: --ignore redirects.http.does_not_exist",
-        "redirection-by-refresh": "{url} answers {status} with a refresh to {location}, in a "
-        "page's meta tag or as a field: send a redirect instead, which every client follows",
+        "redirection-by-refresh": "{url} answers {status} with a refresh to {location}: "
+        "send a redirect, which every client follows",
         "redirection-off-host-from-http": "{url} leads to another host first: {location}",
         "redirection-relative": "{url} has the relative Location {location}: make it absolute",
         "location-not-a-uri": "{url} has the invalid Location {location}: only browsers correct it",
@@ -3414,7 +3413,7 @@ FINDINGS = {
         "tls-old": "HTTPS at {url} is old ({what}): browsers still open it, newer clients do not",
         "cert-expires-soon": "the certificate of {url} expires {date}, in {days} days: renew it",
         "response.no_header": "{url} sends no usable HSTS: browsers will try http:// again",
-        "response.multiple_headers": "{url} sends several HSTS fields: browsers take only the first",
+        "response.multiple_headers": "{url} sends several HSTS fields: browsers take the first one",
         "hsts-implemented-max-age-less-than-six-months": "{url} sends HSTS of {age} s, less than "
         "15552000 (180 days)",
         "redirects.http.useless_header": "{url} sends HSTS in clear, where browsers ignore it",
@@ -3440,8 +3439,7 @@ FINDINGS = {
         "iis-403.4": "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 "
         "(Custom Errors, 403;4) are not done",
         "iis-asp-port-test": "{url} answers an empty 200, as Owahttps.asp does on a port that it "
-        "does not test: correct the SERVER_PORT in its first line "
-        "(owahttps.py generate --http-port)",
+        "does not test: see owahttps.py generate --http-port",
         "redirection-not-to-https-on-initial-redirection": "{url} first leads to {location}: "
         "lead to https at once",
         "redirection-not-to-https": "{url} ends at {location}: it must end on https",
@@ -3458,7 +3456,7 @@ FINDINGS = {
         "redirection-invalid-cert.not-yet-valid": "the certificate of {url} begins {date}",
         "redirection-invalid-cert.name": "the certificate of {url} does not name {host}: get one "
         "that does, or redirect to a name it has (--host)",
-        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed: get another",
+        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed",
         "redirection-invalid-cert.chain": "the certificate of {url} does not lead to a trusted "
         "authority ({reason}): send the intermediate certificates, or give --ca-file",
     },
@@ -4000,6 +3998,7 @@ class Visit:
             try:
                 tls.do_handshake()
                 if wait:
+                    tls.settimeout(min(2, tls.gettimeout()))  # most servers stay silent
                     tls.recv(1)
                     return Handshake()
             except (ssl.SSLError, ssl.CertificateError) as error:

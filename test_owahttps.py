@@ -2032,7 +2032,7 @@ def until_cookie(cookie):
 
 YEAR = "Strict-Transport-Security: max-age=31536000"
 HOME = secure_says(body="mail")
-P, S, I = "http://localhost:PLAIN", "https://localhost:SECURE", "https://127.0.0.1:SECURE"
+P, S, IP = "http://localhost:PLAIN", "https://localhost:SECURE", "https://127.0.0.1:SECURE"
 GOOD, SAME_PATH, PAGE = to(S + "/exchange"), to(S + "PATH"), says("200 OK", body="mail")
 OPEN = b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % YEAR.encode()
 IIS = "Server: Microsoft-IIS/7.5"
@@ -2074,7 +2074,7 @@ RULES = [
     ("", FINE, GOOD),
     ("", FINE, SAME_PATH),
     ("", FINE, to(S + "/elsewhere")),
-    ("", OFF_HOST, to(I + "/exchange")),
+    ("", OFF_HOST, to(IP + "/exchange")),
     ("", f"{FINE} redirection-temporary", to(S + "/", status="302 Found")),
     ("--status 302", FINE, to(S + "/", status="302 Found")),
     (PATH_80, FINE, GOOD),
@@ -2082,11 +2082,11 @@ RULES = [
     ("--keep-path", f"{MISMATCH} {FOUND}", {"/exchange": SAME_PATH, "": GOOD}),
     ("--path /owa", MISMATCH, GOOD),
     ("--path /owa", MISSED, {"/owa": PAGE, "": to(S + "/owa")}),
-    ("--path /exchange", MISMATCH, to(I + "/exchange")),
+    ("--path /exchange", MISMATCH, to(IP + "/exchange")),
     ("--path /", MISMATCH, says("200 OK", body=META % S)),
     ("--status 308", MISMATCH, GOOD),
     ("--https-port 444", MISMATCH, GOOD),
-    ("--host 127.0.0.1", FINE, to(I + "/exchange")),
+    ("--host 127.0.0.1", FINE, to(IP + "/exchange")),
     ("--host 127.0.0.1", MISMATCH, GOOD),
 ]
 PLAIN = {
@@ -2179,7 +2179,7 @@ INVALID_LOCATIONS = [
 HTTPS, WITH_PORT = "https://localhost:SECURE/", "--https-port SECURE"
 CBC, DHE = "ECDHE-ECDSA-AES128-SHA", "DHE-RSA-AES128-GCM-SHA256"
 TLS_OLD, NO_HTTPS = f"1 {FOUND} tls-old", f"{NO_TLS} {FOUND}"
-BY_ADDRESS = {"plain": to(I + "/"), "target": "127.0.0.1:PLAIN"}
+BY_ADDRESS = {"plain": to(IP + "/"), "target": "127.0.0.1:PLAIN"}
 SECURE_COOKIE = "2 cookie-over-http redirects.http.useless_header redirection-temporary "
 ONLY_HTTPS = {"plain": None, "target": HTTPS}
 RULED = {"plain": None, "options": WITH_PORT}
@@ -2218,16 +2218,6 @@ OTHERS = [
     Case("a client certificate, TLS 1.2", f"{WANTED} {FOUND}", tls="client-1.2"),
     Case("a client certificate, TLS 1.3", f"{WANTED} {FOUND}", tls="client-1.3"),
 ]
-SITE_CASES = [
-    *OTHERS,
-    *(Case(f"{rule} {found}", found, plain, options=rule) for rule, found, plain in RULES),
-    *(Case(what, expected, plain) for what, (expected, plain) in PLAIN.items()),
-    *(Case(what, f"{found} {FOUND}", secure=secure) for what, (found, secure) in SECURE.items()),
-    *(Case(ascii(one), f"1 {FOUND} location-not-a-uri", to(one)) for one in LOCATIONS),
-    *(Case(ascii(one), INVALID, to(one)) for one in INVALID_LOCATIONS),
-    *(Case(name, f"{found} {FOUND}", certificate=name) for name, found in SERVED.items()),
-]
-
 START, SHORT = b"HTTP/1.1 200 OK\r\n", "--timeout 0.1"
 MOVED, HINTS = b"HTTP/1.1 301 Moved\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"
 FILLED = GOOD.replace(b"Location", b"X: " + b"y" * 100000 + b"\r\nLocation")
@@ -2259,7 +2249,14 @@ SLOW = {
 }
 DRIPS = script(b"\x16\x03\x03\x40\x00", b"\x02")
 SLOW_HTTPS = {"certificate": "", "options": SHORT}
-HOSTILE_SITES = [
+SITE_CASES = [
+    *OTHERS,
+    *(Case(f"{rule} {found}", found, plain, options=rule) for rule, found, plain in RULES),
+    *(Case(what, expected, plain) for what, (expected, plain) in PLAIN.items()),
+    *(Case(what, f"{found} {FOUND}", secure=secure) for what, (found, secure) in SECURE.items()),
+    *(Case(ascii(one), f"1 {FOUND} location-not-a-uri", to(one)) for one in LOCATIONS),
+    *(Case(ascii(one), INVALID, to(one)) for one in INVALID_LOCATIONS),
+    *(Case(name, f"{found} {FOUND}", certificate=name) for name, found in SERVED.items()),
     *(Case(what, expected, plain) for what, (expected, plain) in HOSTILE.items()),
     *(Case(what, expected, plain, options=SHORT) for what, (expected, plain) in SLOW.items()),
     Case("no answer over https", f"{NO_ANSWER} {FOUND}", secure=script(b""), options=SHORT),
@@ -2327,27 +2324,15 @@ def judge(site):
     return report, code
 
 
-def assert_finds(case, certificates):
-    """Return the report on this site, which must be what the case expects."""
-    with Site(case, certificates) as site:
-        report, code = judge(site)
-        # The exit code stays in front of the ids: digits come before letters.
-        assert f"{code} {ids(report)}".split() == sorted(case.expected.split()), report["findings"]
-        return report
-
-
 @needs("openssl")
 @pytest.mark.parametrize("case", SITE_CASES, ids=lambda case: case.what[:50])
 def test_finds(case, certificates):
-    assert_finds(case, certificates)
-
-
-@needs("openssl")
-@pytest.mark.parametrize("case", HOSTILE_SITES, ids=lambda case: case.what)
-def test_hostile_server(case, certificates):
-    """Whatever comes: a finding and no traceback, in time, and nothing for a terminal to obey."""
+    """Whatever comes: the right findings, in time, and nothing for a terminal to obey."""
     start = time.monotonic()
-    report = assert_finds(case, certificates)
+    with Site(case, certificates) as site:
+        report, code = judge(site)
+    # The exit code stays in front of the ids: digits come before letters.
+    assert f"{code} {ids(report)}".split() == sorted(case.expected.split()), report["findings"]
     assert time.monotonic() - start < 4 and len(json.dumps(report)) < 80000
 
 
@@ -2464,7 +2449,7 @@ def test_a_server_without_secure_renegotiation(certificates):
     """RFC 5746: browsers go on without it, and so must the second handshake.
 
     The server is a script without cryptography, so HTTPS is not reached: what counts is the first
-    record that comes back after its hello, an alert (21) and then a key exchange (22).
+    record that comes back after each hello: an alert (21), and a key exchange (22).
     """
     certificate = ssl.PEM_cert_to_DER_cert((certificates / "rsa.crt").read_text())
     records = []
@@ -2481,7 +2466,7 @@ def test_a_server_without_secure_renegotiation(certificates):
 
     with Site(Case("", "", GOOD, answer, certificate=""), certificates) as site:
         judge(site)
-    assert records == [b"\x15", b"\x16"]
+    assert sorted(records) == [b"\x15", b"\x16"]
 
 
 @needs("openssl")
@@ -2519,8 +2504,8 @@ def addresses_of(names):
     getaddrinfo = socket.getaddrinfo
 
     def look_up(host, port, *rest):
-        rows = [getaddrinfo(one, port, *rest) for one in names.get(host, [host])]
-        return sum(rows, [])
+        hosts = names.get(host, [host])
+        return [row for one in hosts for row in getaddrinfo(one, port, *rest)]
 
     return look_up
 
