@@ -3630,7 +3630,7 @@ def read_target(text: str) -> Tuple[Url, Url]:
 
 
 class Cookie(NamedTuple):
-    """What a browser keeps of a Set-Cookie field, as far as one chain of redirects needs it."""
+    """What one chain of redirects needs of a Set-Cookie field."""
 
     name: str
     value: str  # "": it is being deleted
@@ -3650,7 +3650,7 @@ def is_over(attributes: Dict[str, str]) -> bool:
     try:
         when = parsedate_tz(attributes.get("expires", "")[:100])
         return when is not None and mktime_tz(when) < time.time()
-    except (ValueError, TypeError, IndexError, OverflowError):  # what no date is
+    except (ValueError, TypeError, IndexError, OverflowError):  # not a date
         return False
 
 
@@ -3686,7 +3686,7 @@ def read_hsts(field: str) -> Optional[Hsts]:
             return None
         directives[name] = value.strip()
     age = re.fullmatch('("?)([0-9]+)\\1', directives.get("max-age", ""))
-    if not age or any(" " in name for name in directives):
+    if not age:
         return None
     seconds = int(age.group(2).lstrip("0")[:18] or 0)
     return Hsts(seconds, seconds > 0 and "includesubdomains" in directives)
@@ -3724,8 +3724,8 @@ def final_response(data: bytes) -> Optional[Response]:
     return next((answer for answer in answers if answer.status >= 200), None)
 
 
-def is_missing(response: Response) -> str:
-    """Return the id of what a page in clear, without a redirect, is."""
+def plain_fault(response: Response) -> str:
+    """Return the id of the finding that a page in clear is."""
     # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
     # bare 403, and the number is shown only on the server.
     iis = "IIS" in (response.field("server") or "")
@@ -3739,7 +3739,7 @@ def is_missing(response: Response) -> str:
     return "redirection-missing"
 
 
-def is_trouble(response: Response) -> str:
+def secure_fault(response: Response) -> str:
     """Return the id of what is wrong with a page over https, or ""."""
     page = text_of(response)
     if response.status == 421:
@@ -3831,7 +3831,7 @@ def tls_context(
 
 
 def has_authorities(context: ssl.SSLContext) -> bool:
-    """Return whether a context trusts anybody; files of a capath are read only when needed."""
+    """Return whether a context trusts any authority; a folder's are read only when needed."""
     folder = ssl.get_default_verify_paths().capath
     return context.cert_store_stats()["x509"] > 0 or bool(folder and glob(f"{folder}/*"))
 
@@ -4256,9 +4256,9 @@ class Visit:
         if is_redirect(response):  # it leads nowhere, as next_url() has said
             return
         if url.scheme == "https":
-            id = is_trouble(response)
+            id = secure_fault(response)
         elif url == start:
-            id = is_missing(response)
+            id = plain_fault(response)
         else:
             id = "redirection-not-to-https"
         if id:
