@@ -3189,7 +3189,7 @@ MOVED = b"HTTP/1.1 302 Found\r\nLocation: a\r\n"
 )
 def test_what_has_come_to_a_case(data, got):
     """Whatever a server under test sends is a result, never a traceback."""
-    case = owahttps.own("id", "reference", "what", b"", "302 a")
+    case = owahttps.case("own", "id", "reference", "what", b"", "302 a")
     result = owahttps.judge(case, *owahttps.read_answers(data, False), None)
     assert (result.level, result.passed, result.got) == ("own", got == "302 a", got)
 
@@ -3203,7 +3203,7 @@ def test_what_has_come_to_a_case(data, got):
     ],
 )
 def test_an_attack_that_works_is_unsafe_in_any_case(fields, attack):
-    case = owahttps.own("id", "reference", "what", b"", "302 a")
+    case = owahttps.case("own", "id", "reference", "what", b"", "302 a")
     result = owahttps.judge(case, *owahttps.read_answers(MOVED + fields + b"\r\n", False), None)
     assert (result.level, result.passed) == ("safe", False) and attack in result.got
 
