@@ -2957,6 +2957,20 @@ def test_selftest_against_any_rule(fields):
         assert red(owahttps.try_cases(address, rule)) == {}
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_both_servers_give_the_same_bytes(number, tmp_path):
+    """The handler under the stock ThreadingHTTPServer, and our own server."""
+    (tmp_path / "a-Token_1").write_text("a-Token_1.thumbprint")
+    rule = owahttps.own_rules(str(tmp_path))[number]
+    stock = StockServer(("127.0.0.1", 0), RedirectHandler)
+    stock.rule = rule
+    with running(stock) as there, listening(rule=rule) as ours:
+        for case in owahttps.cases(rule):
+            answers = [ask(address, case.request) for address in (there, ours.address)]
+            a, b = (re.sub(rb"\nDate: [^\r]*", b"", answer) for answer in answers)
+            assert a == b, case.id
+
+
 class Echo(owahttps.BaseHTTPRequestHandler):
     """The plain redirect of many a program: what the client has sent is put into Location."""
 
