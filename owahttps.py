@@ -415,10 +415,12 @@ LOOP_SIGNS = {
     "front-end-https": re.compile(r"(?i)on$"),  # Microsoft's own, for Outlook Web Access
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
-# The fields that an answer depends on, and those of a log line.
+# The fields that an answer depends on, and those of a log line.  A line that begins with another
+# letter is none of them, which the lookahead finds out at once.
 FIELD_NAMES = ["host", "connection", "content-length", "transfer-encoding", *LOOP_SIGNS]
 FIELD_NAMES += ["referer", "user-agent"]
-FIELD = re.compile(rf"\n((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
+INITIALS = "".join(sorted({name[0] + name[0].upper() for name in FIELD_NAMES}))
+FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
 # What a log line has as \xHH: all but printable ASCII, and quotes and backslashes.
