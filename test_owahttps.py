@@ -1603,8 +1603,7 @@ def test_what_differs_on_windows(monkeypatch):
         assert server.socket.getsockopt(socket.SOL_SOCKET, exclusive)
 
 
-# ---- Recipes ---------------------------------------------------------------------------------------------------------
-
+# ---- Recipes -------------------------------------------------------------------------
 
 ARTICLE = """\
 <%
@@ -1619,6 +1618,7 @@ ARTICLE = """\
 """
 HOST = "--host mail.example.com"
 IIS = "iis --host app.example.com --allow-host www.app.example.com"
+HOST_OF_62 = f"{'a-' * 30}b.example"
 # What the steps must have to the letter, in this order.
 LABELS = [
     *("Owahttps.asp", "Inetpub\\Wwwroot\\Owaasp", "SERVER_PORT and SERVER_NAME"),
@@ -1627,6 +1627,33 @@ LABELS = [
     *("Directory Security", "Secure Communications", "Edit", "Require secure channel (SSL)"),
     *("Require 128-bit encryption", "net stop iisadmin /y"),
     "http://HOST/exchange must land on https://SERVER_NAME/exchange",
+]
+# The options, whether the recipe says it, and what.
+RECIPES_SAY = [
+    ("", True, "Q319878", "check HOST\n"),
+    ("", False, "403.18", "ActiveSync", "Forms-based", "IIS 6"),
+    ("--port 8080", True, '"SERVER_PORT")=8080', "check HOST:8080\n"),
+    ("--port 8080", False, "=80 ", "any port but 80 "),
+    (HOST, True, '& "mail.example.com"', "check mail.example.com\n"),
+    (HOST, False, "SERVER_NAME"),
+    ("--https-port 8443 --path /owa", True, ':8443/owa"', "the owa folder"),
+    ("--https-port 8443 --path /owa", False, "xchange folder"),
+    ("exchange2003", True, "403.18", "KB 817379", "Forms-based"),
+    ("exchange2003", False, "Exchange 2000"),
+    (f"exchange {HOST}", True, "PowerShell", "Microsoft's own", "UrlPrefix"),
+    (f"exchange {HOST}", True, "check mail.example.com --path /owa\n"),
+    (f"exchange {HOST}", False, "SERVER_NAME", "www."),
+    (IIS, True, "Redirect all requests to exact destination (instead of relative to destination)"),
+    (IIS, True, '/bindings:"http/*:80:app.example.com,http/*:80:www.app.example.com"'),
+    (IIS, True, '-exactDestination:false -destination:"https://app.example.com" ||'),
+    (IIS, True, "check app.example.com www.app.example.com --keep-path --host app.example.com\n"),
+    (IIS, False, "Exchange", "autodiscover and", "/owa"),
+    (f"iis {HOST} --path /a --https-port 444", True, '"https://mail.example.com:444/a"'),
+    (f"exchange {HOST} --keep-path --port 81", True, ":81:mail"),
+    (f"exchange {HOST} --keep-path --port 81", False, "mail.example.com/owa"),
+    (f"exchange {HOST} --status 301", True, "-httpResponseStatus:Permanent", "max-age=86400"),
+    (f"exchange {HOST} --status 308", True, "-httpResponseStatus:PermRedirect", "IIS 10"),
+    (f"iis --host {HOST_OF_62}", True, f"Host name: {HOST_OF_62}."),
 ]
 
 
@@ -1651,59 +1678,12 @@ def test_the_articles_steps():
         place = steps.index(label, place) + len(label)
 
 
-@pytest.mark.parametrize(
-    "words, has, has_not, most_lines",
-    [
-        ("", ["Q319878", "check HOST\n"], ["403.18", "ActiveSync", "Forms-based", "IIS 6"], 60),
-        (
-            "--port 8080",
-            ['"SERVER_PORT")=8080', "check HOST:8080\n"],
-            ["=80 ", "any port but 80 "],
-            60,
-        ),
-        (HOST, ['& "mail.example.com"', "check mail.example.com\n"], ["SERVER_NAME"], 60),
-        ("--https-port 8443 --path /owa", [':8443/owa"', "the owa folder"], ["xchange folder"], 60),
-        ("exchange2003", ["403.18", "KB 817379", "Forms-based"], ["Exchange 2000"], 65),
-        (
-            f"exchange {HOST}",
-            ["PowerShell", "Microsoft's own", "check mail.example.com --path /owa\n", "UrlPrefix"],
-            ["SERVER_NAME", "www."],
-            95,
-        ),
-        (
-            IIS,
-            [
-                "Redirect all requests to exact destination (instead of relative to destination)",
-                '/bindings:"http/*:80:app.example.com,http/*:80:www.app.example.com"',
-                '-exactDestination:false -destination:"https://app.example.com" ||',
-                "check app.example.com www.app.example.com --keep-path --host app.example.com\n",
-            ],
-            ["Exchange", "autodiscover and", "/owa"],
-            80,
-        ),
-        (
-            f"iis {HOST} --path /a --https-port 444",
-            ['-destination:"https://mail.example.com:444/a"'],
-            [],
-            95,
-        ),
-        (f"exchange {HOST} --keep-path --port 81", [":81:mail"], ["mail.example.com/owa"], 95),
-        (
-            f"exchange {HOST} --status 301",
-            ["-httpResponseStatus:Permanent", "max-age=86400"],
-            [],
-            95,
-        ),
-        (f"exchange {HOST} --status 308", ["-httpResponseStatus:PermRedirect", "IIS 10"], [], 95),
-        (f"iis --host {'a-' * 30}b.example", [f"Host name: {'a-' * 30}b.example."], [], 95),
-    ],
-)
-def test_recipes_say(words, has, has_not, most_lines):
-    out = generate(words)
-    assert [text for text in has if text not in out] == []
-    assert [text for text in has_not if text in out] == []
-    assert out.count("\n") <= most_lines
-    assert not re.search(r"(?<!%)\{[a-z_]+\}", out)
+def test_recipes_say():
+    for words, says, *texts in RECIPES_SAY:
+        out = generate(words)
+        assert [text for text in texts if (text in out) != says] == [], words
+        assert out.count("\n") <= (95 if words.startswith(("exchange ", "iis ")) else 65)
+        assert not re.search(r"(?<!%)\{[a-z_]+\}", out)
 
 
 @pytest.mark.parametrize("words", [f"exchange {HOST} --status 308", IIS])
@@ -1751,35 +1731,30 @@ def test_what_a_recipe_cannot_do_is_refused(words, says):
 HOSTILE = r"""a"b a%>b %PATH% a&calc a|b a>b a^b a'b a`b a$(b) a;b a!b a{b} <% $host a\b"""
 
 
-@pytest.mark.parametrize("value", [*HOSTILE.split(), "a\nb", "a b"])
-def test_hostile_values_reach_no_recipe(value):
+@pytest.mark.parametrize("field", ["host", "path", "health", "allow_hosts", "api"])
+def test_hostile_values_reach_no_recipe(field):
     """What cmd.exe, VBScript or a server could take for more than a value never makes a rule."""
-    for fields in (
-        {"host": value},
-        {"path": f"/{value}"},
-        {"health": f"/{value}"},
-        {"allow_hosts": (value,)},
-        {"api": (f"/{value}",)},
-    ):
+    for text in [*HOSTILE.split(), "a\nb", "a b"]:
+        value = text if "host" in field else f"/{text}"
         with pytest.raises(RuleError):
-            RedirectRule(**fields)
+            RedirectRule(**{field: (value,) if field in ("allow_hosts", "api") else value})
 
 
 def test_write(tmp_path):
     """All files or none, never over another one; and what comes next."""
     words = ["generate", "--write", str(tmp_path)]
+    page, steps = tmp_path / "Owahttps.asp", tmp_path / "owahttps-steps.txt"
     for _ in range(2):
         code, out, err = run(*words)
         assert (code, out) == (0, "Owahttps.asp\nowahttps-steps.txt\n")
         assert "next: owahttps-steps.txt" in err
-        assert (tmp_path / "Owahttps.asp").read_bytes() == ARTICLE.replace("\n", "\r\n").encode()
-    assert b"18. Test:" in (tmp_path / "owahttps-steps.txt").read_bytes()
-    (tmp_path / "Owahttps.asp").write_bytes(b"mine")
-    (tmp_path / "owahttps-steps.txt").unlink()
+        assert page.read_bytes() == ARTICLE.replace("\n", "\r\n").encode()
+    assert b"18. Test:" in steps.read_bytes()
+    page.write_bytes(b"mine")
+    steps.unlink()
     code, out, err = run(*words)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "in place of it" in err
-    assert [path.name for path in tmp_path.iterdir()] == ["Owahttps.asp"]
+    assert "exists with other content" in err and list(tmp_path.iterdir()) == [page]
     err = run("generate", "nginx", *words[1:])[2]
     assert "/etc/nginx/conf.d/owahttps.conf, then: nginx -t" in err
 
@@ -1794,13 +1769,12 @@ def test_the_systemd_unit(tmp_path):
     text = generate("systemd --host mail.example.com --allow-host a.b --keep-path --api /v1")
     assert f"serve --port 80 --keep-path {HOST} --allow-host mail.example.com --allow-host" in text
     assert " --api /v1\n" in text and "\nRestart=always\n" in text
-    if not shutil.which("systemd-analyze"):
+    if not find("systemd-analyze"):
         pytest.skip("no systemd-analyze here")
     unit = tmp_path / "owahttps.service"
     unit.write_text(text.replace("/usr/bin/python3 -I /usr/local/bin/owahttps.py", sys.executable))
-    done = subprocess.run(
-        ["systemd-analyze", "verify", str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = ["systemd-analyze", "verify", str(unit)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and b"owahttps" not in done.stdout, done.stdout
 
 
@@ -2824,6 +2798,20 @@ def test_selftest_against_any_rule(fields):
         assert red(owahttps.try_cases(address, rule)) == {}
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_both_servers_give_the_same_bytes(number, tmp_path):
+    """The handler under the stock ThreadingHTTPServer, and our own server."""
+    (tmp_path / "a-Token_1").write_text("a-Token_1.thumbprint")
+    rule = owahttps.own_rules(str(tmp_path))[number]
+    stock = StockServer(("127.0.0.1", 0), RedirectHandler)
+    stock.rule = rule
+    with running(stock) as there, listening(rule=rule) as ours:
+        for case in owahttps.cases(rule):
+            answers = [ask(address, case.request) for address in (there, ours.address)]
+            a, b = (re.sub(rb"\nDate: [^\r]*", b"", answer) for answer in answers)
+            assert a == b, case.id
+
+
 class Echo(owahttps.BaseHTTPRequestHandler):
     """The plain redirect of many a program: what the client has sent is put into Location."""
 
@@ -3030,7 +3018,7 @@ MOVED = b"HTTP/1.1 302 Found\r\nLocation: a\r\n"
 )
 def test_what_has_come_to_a_case(data, got):
     """Whatever a server under test sends is a result, never a traceback."""
-    case = owahttps.own("id", "reference", "what", b"", "302 a")
+    case = owahttps.case("own", "id", "reference", "what", b"", "302 a")
     result = owahttps.judge(case, *owahttps.read_answers(data, False), None)
     assert (result.level, result.passed, result.got) == ("own", got == "302 a", got)
 
@@ -3044,7 +3032,7 @@ def test_what_has_come_to_a_case(data, got):
     ],
 )
 def test_an_attack_that_works_is_unsafe_in_any_case(fields, attack):
-    case = owahttps.own("id", "reference", "what", b"", "302 a")
+    case = owahttps.case("own", "id", "reference", "what", b"", "302 a")
     result = owahttps.judge(case, *owahttps.read_answers(MOVED + fields + b"\r\n", False), None)
     assert (result.level, result.passed) == ("safe", False) and attack in result.got
 
@@ -3089,7 +3077,7 @@ def test_the_demo_tells_what_happened():
         told, again = (fetch(secure, trust)[2] for _ in range(2))
         assert f"{url}mail?x<" in told and f"HTTP/1.1 302 Found\nLocation: {secure}<" in told
         assert "You typed" not in again and "302" not in again and "straight" in again
-        assert child.stdout.readline() == f"http   /mail?x  302 {secure}\n"
+        assert child.stdout.readline() == f"http   GET /mail?x  302 {secure}\n"
         assert child.stdout.readline() == "https  GET /exchange  200 You are on HTTPS\n"
         fetch(f"{url}\x1b[31m".replace("\x1b", "%1b"))
         assert "\x1b" not in child.stdout.readline()
@@ -3156,6 +3144,8 @@ ERRORS = {  # a command line: (exit code, what the one line on standard error sa
     "serve --health /": (2, "health"),
     "serve --host=": (2, "empty"),
     "serve --api /": (2, "api"),
+    "serve --host a --host b": (2, "--host is given twice"),
+    "serve --host https://a": (2, "no https://"),
     "sevre": (2, "serve"),
     "help sevre": (2, "serve"),
     "--quiet serve": (2, "--quiet"),
@@ -3386,22 +3376,7 @@ def test_the_readme_lists_the_recipes():
     assert all(line in readme() for line in run("generate", "--list")[1].splitlines())
 
 
-# ---- Other servers ---------------------------------------------------------------------------------------------------
-
-
-def find(*names):
-    return next(
-        (
-            path
-            for path in (
-                shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-                for name in names
-            )
-            if path
-        ),
-        None,
-    )
-
+# ---- Other servers -------------------------------------------------------------------
 
 # Each main file is laid out as the distribution's own is, with another site beside ours.
 NGINX = """\
@@ -3444,111 +3419,55 @@ http://beside.example:{port} {{
 \trespond 204
 }}
 """
-# Each server: its program, its main file ("": ours), its own syntax check, how it is started.
+# Each server: its programs, its main file ("": ours), its own syntax check, how it is started.
+CADDY_FILE = "--adapter caddyfile --config"
 PEERS = {
-    "nginx": (("nginx",), NGINX, ["-t", "-q", "-c", "{conf}"], ["-c", "{conf}"]),
-    "apache": (("apache2", "httpd"), APACHE, ["-t", "-f", "{conf}"], ["-X", "-f", "{conf}"]),
-    "haproxy": (("haproxy",), "", ["-c", "-q", "-f", "{conf}"], ["-db", "-f", "{conf}"]),
-    "caddy": (
-        ("caddy",),
-        CADDY,
-        ["validate", "--adapter", "caddyfile", "--config", "{conf}"],
-        ["run", "--adapter", "caddyfile", "--config", "{conf}"],
-    ),
+    "nginx": (["nginx"], NGINX, "-t -q -c", "-c"),
+    "apache": (["apache2", "httpd"], APACHE, "-t -f", "-X -f"),
+    "haproxy": (["haproxy"], "", "-c -q -f", "-db -f"),
+    "caddy": (["caddy"], CADDY, f"validate {CADDY_FILE}", f"run {CADDY_FILE}"),
 }
-
-
-@contextlib.contextmanager
-def peer(name, text, port, folder):
-    """Run a server of the machine's own, with this recipe, on this loopback port."""
-    programs, main, check, start = PEERS[name]
-    program = find(*programs)
-    if os.geteuid():
-        text = re.sub(r"(?m)^    (user|group) haproxy\n", "", text)
-    file, conf = os.path.join(folder, "owahttps.conf"), os.path.join(folder, "main.conf")
-    with open(file, "w") as ours, open(conf, "w") as around:
-        ours.write(text)
-        around.write(main.format(dir=folder, port=port, file=file) or text)
-    quiet = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "env": dict(os.environ, HOME=folder, XDG_DATA_HOME=folder, XDG_CONFIG_HOME=folder),
-    }
-    done = subprocess.run([program, *(word.format(conf=conf) for word in check)], **quiet)
-    assert done.returncode == 0, done.stdout.decode()
-    quiet["stdout"] = subprocess.DEVNULL
-    process = subprocess.Popen([program, *(word.format(conf=conf) for word in start)], **quiet)
-    try:
-        assert wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 15)
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def free_port():
-    """A port that is free now, outside the range from which the system takes its own."""
-    while True:
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", random.randrange(20000, 30000)))
-            return sock.getsockname()[1]
-
-
-def failures(port, rule):
-    results = owahttps.try_cases(("127.0.0.1", port), rule, seconds=1)
-    return {what for what, expected, got in results if got not in expected.split("|")}
-
-
-# What a recipe's server does otherwise than decided, as in the README's table: N nginx, A Apache, H HAProxy, C Caddy.
+# The cases that a recipe's server answers otherwise than decided.
 DIFFERS = {
-    "unknown method": "N",
-    "OPTIONS *": "NAHC",
-    "Expect: 100-continue gets the final answer": "N",
-    "Host in capitals": "C",
-    "IPv6 Host": "C",
-    "IPv6 Host that is none": "NHC",
-    "Host that ends in a number, but is no IPv4 address": "NHC",
-    "Host with a label of 64": "NAHC",
-    "Host of 254 characters": "NAHC",
-    "Host port 0": "NHC",
-    "Host port 65536": "NHC",
-    "Host port that is no number": "N",
-    "no Host, HTTP/1.0, with a fixed host": "HC",
-    "pipelined requests, answered in order": "H",
-    "two Hosts, equal": "H",
-    "folded field line": "AHC",
-    "lone LF in the head": "NHC",
-    "lone LF at every line's end": "NHC",
-    "NUL in the head": "H",
-    "DEL in the head": "NH",
-    "field line without a colon": "N",
-    "absolute form goes before Host": "H",
-    "absolute form without a path": "AH",
-    "absolute form with userinfo": "C",
-    "absolute form, other scheme": "NHC",
-    "target with a fragment": "NC",
-    "HTTP/0.9": "NA",
-    "HTTP/2 preface": "H",
-    "HTTP/3.7": "AH",
-    "TLS ClientHello": "AC",
-    "one leading empty line": "C",
-    "Content-Length and Transfer-Encoding": "AHC",
-    "target of 9,000 bytes": "HC",
-    "head of 40,000 bytes": "C",
-    "path and query, byte for byte": "N",
-    "outside the URL's grammar is encoded": "NAH",
-    "ACME token that is none": "NAC",
-    "ACME token through a symbolic link": "NAC",
+    "nginx": """
+        unknown-method lower-case-method options-asterisk expect-continue host-blanks
+        host-last-label-number host-label-of-64 host-of-254 host-port-0 host-port-65536
+        host-ipv6-two-gaps no-colon malformed-field-name 8-bit-field-name bell del only-lf
+        http09 version-two-digits two-spaces length-huge absolute-form-https
+        absolute-form-ftp target-fragment method-100000 path-encoded location-grammar
+        path-outside-url path-lone-percent acme-no-token
+    """,
+    "apache": """
+        options-asterisk host-empty-port host-label-of-64 host-of-254 folded-field http09
+        http37 tls-hello length-huge coding-chunked-twice length-and-coding
+        coding-http10-close absolute-form-root absolute-form-https method-100000
+        path-encoded location-grammar path-outside-url path-lone-percent acme-no-token
+        acme-link
+    """,
+    "haproxy": """
+        options-asterisk permanent-for-a-day host-last-label-number host-label-of-64
+        host-of-254 host-port-0 host-port-65536 host-ipv6-two-gaps two-hosts-equal
+        folded-field nul bell del only-lf http2-preface http37 two-spaces tab-for-space
+        pipelined length-huge length-and-coding absolute-form-no-path absolute-form-first
+        absolute-form-root absolute-form-refused absolute-form-https absolute-form-ftp
+        target-100000 location-grammar location-percent path-outside-url path-lone-percent
+        no-host-http10-fixed
+    """,
+    "caddy": """
+        options-asterisk host-capitals host-ipv6 host-last-label-number host-label-of-64
+        host-of-254 host-port-0 host-port-65536 host-ipv6-two-gaps folded-field
+        no-field-name only-lf empty-line-first tls-hello length-huge coding-chunked-twice
+        length-and-coding length-and-coding-close coding-http10-close absolute-form-refused
+        absolute-form-https absolute-form-ftp target-fragment target-100000 method-100000
+        head-100000 path-lone-percent no-host-http10-fixed acme-no-token acme-link
+    """,
 }
-
-
 # Requests that each recipe's server answers as serve does: target, or field of a request for /.
 ALIKE = [
     *("/", "/x/y?z=%2F", "http://mail.example.com/autodiscover/a?b", "/health"),
     # Paths for machines, and what only looks like one.
     *("/autodiscover/autodiscover.xml", "/AutoDiscover/Autodiscover.XML?q=1", "/autodiscoverx"),
-    *("/.well-known/mta-sts.txt", "/.Well-Known/x", "/.well-known"),
+    *("/.well-known/mta-sts.txt", "/.Well-Known/x", "/.well-known", "/autodiscover//evil.example/"),
     *("/api", "/API/v1?x", "/api/", "/api?x=1", "/apix", "/v2/y/z"),
     # Tokens in either layout of a webroot, and none.
     *("/.well-known/acme-challenge/a-Token_1", "/.well-known/acme-challenge/b-Token"),
@@ -3559,61 +3478,49 @@ ALIKE = [
     *("Forwarded: for=1.2.3.4;proto=http", "CloudFront-Forwarded-Proto: https"),
     *("X-ARR-SSL: 2048|256|C=US", "Host: other.example", "Host: a@mail.example.com"),
 ]
-# None of these may lead to another host than this one, by any server.
-EVIL = [
-    *(
-        get(host=host)
-        for host in (
-            "mail.example.com@evil.example",
-            "mail.example.com#.evil.example",
-            "evil.example#x",
-            "mail.example.com/.evil.example",
-            "mail.example.com?.evil.example",
-            "evil.example,x",
-            "mail.example.com\\.evil.example",
-            "evil.example:80@mail.example.com",
-            "evil.example%00",
-            "mail.example.com evil.example",
-            "evil.example\tx",
-            "x:evil.example",
-        )
-    ),
-    *(
-        get(target)
-        for target in (
-            ".evil.example",
-            "@evil.example",
-            ":@evil.example",
-            "x:@evil.example",
-            "//evil.example/",
-            "/\\evil.example",
-            "/.well-known/../../\\evil.example",
-            "/%0d%0aLocation:evil.example",
-            "http:evil.example/",
-            "/autodiscover//evil.example/%0a",
-        )
-    ),
-]
 RULES = {
-    "default": RedirectRule(),
-    "keep-308": RedirectRule(keep_path=True, status=308),
-    "fixed-301": RedirectRule(host="mail.example.com", https_port=8443, path="/owa", status=301),
-    "all": RedirectRule(
-        allow_hosts=("mail.example.com",),
-        health="/health",
-        acme_dir="/",
-        api=("/api", "/v2/y"),
-    ),
+    "default": {},
+    "keep-308": {"keep_path": True, "status": 308},
+    "fixed-301": {"host": "mail.example.com", "https_port": 8443, "path": "/owa", "status": 301},
+    "all": {"allow_hosts": ["mail.example.com"], "health": "/health", "api": ["/api", "/v2/y"]},
 }
+
+
+@contextlib.contextmanager
+def peer(name, text, port, folder):
+    """Run a server of the machine's own, with this recipe, on this loopback port."""
+    programs, main, check, start = PEERS[name]
+    if os.geteuid():
+        text = re.sub(r"(?m)^    (user|group) haproxy\n", "", text)
+    file, conf = os.path.join(folder, "owahttps.conf"), os.path.join(folder, "main.conf")
+    with open(file, "w") as ours, open(conf, "w") as around:
+        ours.write(text)
+        around.write(main.format(dir=folder, port=port, file=file) or text)
+    home = dict(os.environ, HOME=folder, XDG_DATA_HOME=folder, XDG_CONFIG_HOME=folder)
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": home}
+    command = [find(*programs), *check.split(), conf]
+    done = subprocess.run(command, stdout=subprocess.PIPE, **quiet)
+    assert done.returncode == 0, done.stdout.decode()
+    command = [find(*programs), *start.split(), conf]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, **quiet)
+
+    def listens():
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        assert wait_until(listens, 15)
+        yield
+    finally:
+        child.terminate()
+        child.wait(10)
 
 
 def request_of(text):
     """Return the request for a row of ALIKE."""
     if ": " not in text:
         return get(text)
-    if text.startswith("Host: "):
-        return get(host=text[6:])
-    return get(fields=text + "\r\n")
+    return get(host=text[6:]) if text.startswith("Host: ") else get(fields=f"{text}\r\n")
 
 
 def seen(data):
@@ -3637,28 +3544,25 @@ def tokens():
         yield folder
 
 
-@pytest.mark.parametrize("rule", list(RULES.values()), ids=list(RULES))
+@pytest.mark.parametrize("options", list(RULES))
 @pytest.mark.parametrize("name", list(PEERS))
-def test_servers(name, rule, tmp_path, tokens):
-    """Each recipe's server answers as serve does, and never redirects to another host."""
+def test_servers(name, options, tmp_path, tokens):
+    """Each recipe's server answers as serve does; no attack of the self-test works."""
     if not find(*PEERS[name][0]):
         pytest.skip(f"no {name} here")
-    rule = rule._replace(acme_dir=tokens if rule.acme_dir and name != "haproxy" else "")
+    acme_dir = tokens if options == "all" and name != "haproxy" else ""
+    rule = RedirectRule(acme_dir=acme_dir, **RULES[options])
     port = free_port()
+    address = "127.0.0.1", port
+
+    def find_token(token):
+        return owahttps.read_token(tokens, token)
+
     with peer(name, owahttps.server_recipe(name, rule, port)[0].text, port, str(tmp_path)):
         for text in ALIKE:
-            request = request_of(text)
-            serve = owahttps.answer(
-                request.encode(), rule, "", lambda token: owahttps.read_token(tokens, token)
-            )
-            assert seen(ask(port, request)) == seen(serve.response), text
-        for request in EVIL:
-            location = seen(ask(port, request))[1]
-            assert not location or urlsplit(location).netloc.startswith("mail.example.com"), request
+            serve = owahttps.answer(request_of(text), rule, "", find_token)
+            assert seen(ask(address, request_of(text))) == seen(serve.response), text
         if name != "haproxy":
-            assert seen(ask(port, get(host="beside.example"))) == (204, None, None)
-        assert (
-            failures(port, rule)
-            - {what for what, servers in DIFFERS.items() if name[0].upper() in servers}
-            == set()
-        )
+            assert seen(ask(address, get(host="beside.example"))) == (204, None, None)
+        fails = {one.id for one in owahttps.try_cases(address, rule, seconds=1) if not one.passed}
+    assert fails - set(DIFFERS[name].split()) == set()
