@@ -2009,10 +2009,10 @@ HOME = secure_says(body="mail")
 P, S, IP = "http://localhost:PLAIN", "https://localhost:SECURE", "https://127.0.0.1:SECURE"
 GOOD, SAME_PATH, PAGE = to(S + "/exchange"), to(S + "PATH"), says("200 OK", body="mail")
 OPEN = b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % YEAR.encode()
-IIS = "Server: Microsoft-IIS/7.5"
+IIS_FIELD = "Server: Microsoft-IIS/7.5"
 IIS5 = says("403 Forbidden", body="<h1>The page must be viewed over a secure channel</h1>")
-IIS7 = says("403 Forbidden", IIS, body="403.4 - Forbidden: secured with Secure Sockets Layer")
-IIS6 = says("403 Forbidden", IIS, body="HTTP Error 403.6 - Forbidden")
+IIS7 = says("403 Forbidden", IIS_FIELD, body="403.4 - Forbidden: secured with Secure Sockets Layer")
+IIS6 = says("403 Forbidden", IIS_FIELD, body="HTTP Error 403.6 - Forbidden")
 META = '<html><head><META HTTP-EQUIV="refresh" CONTENT="0; URL=\'%s\'"></head>'
 NGINX_400 = says("400 Bad Request", YEAR, body="No required SSL certificate was sent")
 LONG_AGO = "expires=Thu, 01-Jan-1970 00:00:01 GMT"
@@ -2044,7 +2044,7 @@ class Case(NamedTuple):
 
 PATH_80 = "--path /exchange --status 301 --https-port SECURE"
 # What the redirect is, the options of the rule, and what is found.
-RULES = [
+RULED_SITES = [
     ("", FINE, GOOD),
     ("", FINE, SAME_PATH),
     ("", FINE, to(S + "/elsewhere")),
@@ -2067,10 +2067,10 @@ PLAIN = {
     "ACME's path is lost": (f"1 acme-challenge-lost {FOUND}", to(S + "/exchange?PATH")),
     "IIS 5 answers 403.4": ("2 iis-403.4", IIS5),
     "IIS 7 answers 403.4": ("2 iis-403.4", IIS7),
-    "IIS answers a bare 403": ("2 iis-403.4", says("403 Forbidden", IIS)),
+    "IIS answers a bare 403": ("2 iis-403.4", says("403 Forbidden", IIS_FIELD)),
     "IIS answers 403.6": (f"2 {MISSING}", IIS6),
     "any 403": (f"2 {MISSING}", says("403 Forbidden", body="<h1>Forbidden</h1>")),
-    "Owahttps.asp on another port": ("2 iis-asp-port-test", says("200 OK", IIS)),
+    "Owahttps.asp on another port": ("2 iis-asp-port-test", says("200 OK", IIS_FIELD)),
     "200 in clear": (f"2 {MISSING}", PAGE),
     "421 in clear": (f"2 {MISSING}", says("421 Misdirected Request")),
     "304 is no redirect": (f"2 {MISSING}", says("304 Not Modified", "Location: " + S)),
@@ -2137,7 +2137,7 @@ SECURE = {
     "endless cookies": ("0", secure_says(*[f"Set-Cookie: a{n}=b; Secure" for n in range(999)])),
     "endless URLs": (f"2 {LOOP} {MANY}", lambda sock, one: to(f"/{len(one.requests)}", YEAR)),
 }
-LOCATIONS = [
+CORRECTED = [
     *(S + "/a b", S + "/\xc3\xa9", S + "/\xff", S + "/<a>", S + "/\x1b[2Jx", S + "/|rm\x1b[2J|"),
     *("https:/localhost:SECURE/x", r"https://localhost:SECURE\x", r"https:\\localhost:SECURE"),
     "https://me:secret@localhost:SECURE/",
@@ -2192,15 +2192,15 @@ OTHERS = [
     Case("a client certificate, TLS 1.2", f"{WANTED} {FOUND}", tls="client-1.2"),
     Case("a client certificate, TLS 1.3", f"{WANTED} {FOUND}", tls="client-1.3"),
 ]
-START, SHORT = b"HTTP/1.1 200 OK\r\n", "--timeout 0.1"
-MOVED, HINTS = b"HTTP/1.1 301 Moved\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"
+OK_LINE, SHORT = b"HTTP/1.1 200 OK\r\n", "--timeout 0.1"
+MOVED_LINE, HINTS = b"HTTP/1.1 301 Moved\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"
 FILLED = GOOD.replace(b"Location", b"X: " + b"y" * 100000 + b"\r\nLocation")
-HOSTILE = {
-    "endless headers": (GARBLED, script(START, b"X: y\r\n" * 999, 0)),
-    "one endless header": (GARBLED, script(MOVED + b"Location: https://a.b/", b"x" * 9999, 0)),
-    "endless body": (f"2 {MISSING}", script(START + b"\r\n", b"x" * 9999, 0)),
-    "endless status line": (GARBLED, script(START[:-2], b"x" * 9999, 0)),
-    "a redirect that leaves the connection open": (INVALID, script(MOVED + b"\r\n")),
+ODD_ANSWERS = {
+    "endless headers": (GARBLED, script(OK_LINE, b"X: y\r\n" * 999, 0)),
+    "one endless header": (GARBLED, script(MOVED_LINE + b"Location: https://a.b/", b"x" * 9999, 0)),
+    "endless body": (f"2 {MISSING}", script(OK_LINE + b"\r\n", b"x" * 9999, 0)),
+    "endless status line": (GARBLED, script(OK_LINE[:-2], b"x" * 9999, 0)),
+    "a redirect that leaves the connection open": (INVALID, script(MOVED_LINE + b"\r\n")),
     "an interim answer, then the redirect": (FINE, HINTS + GOOD),
     "a head of 100 KB": (FINE, FILLED),
     "many interim answers": (GARBLED, HINTS * 2600),
@@ -2216,8 +2216,8 @@ HOSTILE = {
 }
 # With little time: these would take all that there is.
 SLOW = {
-    "a head that drips": (NO_ANSWER, script(MOVED + b"X: ", b"x")),
-    "a body that drips": (f"2 {MISSING}", script(START + b"\r\n", b"x")),
+    "a head that drips": (NO_ANSWER, script(MOVED_LINE + b"X: ", b"x")),
+    "a body that drips": (f"2 {MISSING}", script(OK_LINE + b"\r\n", b"x")),
     "an interim answer, then silence": (NO_ANSWER, script(HINTS)),
     "no answer at all": (NO_ANSWER, script(b"")),
 }
@@ -2225,13 +2225,13 @@ DRIPS = script(b"\x16\x03\x03\x40\x00", b"\x02")
 SLOW_HTTPS = {"certificate": "", "options": SHORT}
 SITE_CASES = [
     *OTHERS,
-    *(Case(f"{rule} {found}", found, plain, options=rule) for rule, found, plain in RULES),
+    *(Case(f"{rule} {found}", found, plain, options=rule) for rule, found, plain in RULED_SITES),
     *(Case(what, expected, plain) for what, (expected, plain) in PLAIN.items()),
     *(Case(what, f"{found} {FOUND}", secure=secure) for what, (found, secure) in SECURE.items()),
-    *(Case(ascii(one), f"1 {FOUND} location-not-a-uri", to(one)) for one in LOCATIONS),
+    *(Case(ascii(one), f"1 {FOUND} location-not-a-uri", to(one)) for one in CORRECTED),
     *(Case(ascii(one), INVALID, to(one)) for one in INVALID_LOCATIONS),
     *(Case(name, f"{found} {FOUND}", certificate=name) for name, found in SERVED.items()),
-    *(Case(what, expected, plain) for what, (expected, plain) in HOSTILE.items()),
+    *(Case(what, expected, plain) for what, (expected, plain) in ODD_ANSWERS.items()),
     *(Case(what, expected, plain, options=SHORT) for what, (expected, plain) in SLOW.items()),
     Case("no answer over https", f"{NO_ANSWER} {FOUND}", secure=script(b""), options=SHORT),
     Case("no handshake", NO_HTTPS, secure=script(b""), **SLOW_HTTPS),
