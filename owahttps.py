@@ -1783,13 +1783,13 @@ def read_response(data: bytes, head_only: bool = False) -> Tuple[Optional[Respon
     status = int(start.group(1))
     head, rest = data[start.end() : end.start()], data[end.end() :]
     fields = read_field_lines(head.decode("latin-1").split("\n"))
-    values = dict(reversed(fields))  # the first of each name
-    length = values.get("content-length", "")
+    empty = Response(status, fields, b"", True)
     if head_only or status < 200 or status in (204, 304):
-        return Response(status, fields, b"", True), rest
-    if "chunked" in values.get("transfer-encoding", "").lower():
+        return empty, rest
+    if "chunked" in (empty.field("transfer-encoding") or "").lower():
         body, rest, complete = read_chunks(rest)
         return Response(status, fields, body, complete), rest
+    length = empty.field("content-length") or ""
     if re.fullmatch("[0-9]{1,9}", length):
         size = int(length)
         return Response(status, fields, rest[:size], len(rest) >= size), rest[size:]
@@ -1825,6 +1825,8 @@ def converse(
         return data, error
     return data, None
 
+
+# ---- The self-test: its cases --------------------------------------------------------
 
 # A case is one request, sent byte for byte, and the answers to it that are right.  Its level says
 # what a failure means, so that no decision of ours is called the fault of another server:
@@ -2260,18 +2262,18 @@ def machine_path_cases(rule: RedirectRule) -> List[Case]:
     def kept(id: str, reference: str, path: str) -> Case:
         return get_case(OWN, id, reference, path, redirect_by(rule, path=path, kept=True))
 
-    cases = [
+    paths = [
         kept("mta-sts", "RFC 8461 3.3", "/.well-known/mta-sts.txt?x=1"),
         kept("well-known-capitals", "RFC 8615 3", "/.Well-Known/pki-validation/file.txt"),
         kept("autodiscover", "Autodiscover", "/autodiscover/autodiscover.xml"),
         kept("autodiscover-capitals", "Autodiscover", "/Autodiscover/Autodiscover.xml"),
     ]
     itself = redirect_by(rule, path="/.well-known")
-    cases.append(get_case(OWN, "well-known-itself", "RFC 8615 3", "/.well-known", itself))
+    paths.append(get_case(OWN, "well-known-itself", "RFC 8615 3", "/.well-known", itself))
     if not rule.acme_dir:
-        return [*cases, kept("acme-challenge", "RFC 8555 8.3", f"{acme}a-Token_1")]
+        return [*paths, kept("acme-challenge", "RFC 8555 8.3", f"{acme}a-Token_1")]
     return [
-        *cases,
+        *paths,
         get_case(OWN, "acme-token", "RFC 8555 8.3", f"{acme}a-Token_1", "200"),
         get_case(OWN, "acme-no-token", "RFC 8555 8.3", f"{acme}../a-Token_1", "404"),
         get_case(OWN, "acme-link", "RFC 8555 8.3", f"{acme}link", "404"),
@@ -2314,28 +2316,28 @@ def proxy_cases(rule: RedirectRule) -> List[Case]:
 
 def option_cases(rule: RedirectRule) -> List[Case]:
     """Return the cases about allowed names, the health check and APIs."""
-    cases = []
+    table = []
     if rule.allow_hosts:
         other = head_of(GET, host="not-allowed.example")
         suffix = head_of(GET, host=f"{EVIL}#.{MAIL}")
         what = "a name that ends as an allowed one does"
-        cases += [
+        table += [
             case(OWN, "not-allowed", "RFC 9110 15.5.20", "a name that is not", other, "421"),
             case(SAFE, "not-allowed-fragment", "CVE-2021-22881", what, suffix),
         ]
     if rule.health:
         health = head_of(f"GET {rule.health} HTTP/1.1")
-        cases.append(case(OWN, "health", "RFC 9110 15.3.1", "a health check", health, "200"))
+        table.append(case(OWN, "health", "RFC 9110 15.3.1", "a health check", health, "200"))
     for api in rule.api[:1]:
         # A redirect would hide that the API's client leaks its secrets.
         leak = "draft-ietf-httpapi-privacy 3"
         beside = redirect_by(rule, path=f"{api}x")
-        cases += [
+        table += [
             get_case(OWN, "api", leak, f"{api}/x?y", "403"),
             line_case(OWN, "api-capitals", leak, f"POST {api.upper()}/x HTTP/1.1", "403"),
             get_case(OWN, "api-beside", leak, f"{api}x", beside),
         ]
-    return cases
+    return table
 
 
 def cases(rule: RedirectRule, word: str = "") -> List[Case]:
@@ -2358,7 +2360,10 @@ def cases(rule: RedirectRule, word: str = "") -> List[Case]:
         *proxy_cases(rule),
         *option_cases(rule),
     ]
-    return [case for case in all_cases if word in case.id or word in case.what]
+    return [one for one in all_cases if word in one.id or word in one.what]
+
+
+# ---- The self-test: what has come ----------------------------------------------------
 
 
 class Result(NamedTuple):
