@@ -79,10 +79,13 @@ from typing import (
 from urllib.parse import unquote, unquote_to_bytes
 
 __all__ = [
+    "Answer",
+    "Finding",
     "HostError",
     "RedirectHandler",
     "RedirectRule",
     "RedirectServer",
+    "Report",
     "RuleError",
     "answer",
     "asp_page",
@@ -159,8 +162,8 @@ def split_authority(text: str) -> Tuple[str, int]:
     match = AUTHORITY.fullmatch(text)
     if not match:
         raise HostError(
-            f"{text[:300]!a} is not a server name "
-            "(letters, digits, - _ ., xn-- for others, or [IPv6]; then an optional :PORT)"
+            f"{text[:300]!a} is not a server name, such as mail.example.com or [2001:db8::1] "
+            "(no https:// and no path; other letters as xn--)"
         )
     name = (match.group(1) or match.group(2)).lower()
     if len(name) > 253:
@@ -189,7 +192,7 @@ def host_of_rule(text: str) -> str:
     """Return the server name; HostError where there is a port beside it."""
     name, port = split_authority(text)
     if port:
-        raise HostError(f"{text!a} has a port: a rule takes only the name, see --https-port")
+        raise HostError(f"{text!a} has a port: give only the name here, and --https-port")
     return name
 
 
@@ -1039,6 +1042,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         return self.client
 
     def log_error(self, format: str, *args: Any) -> None:
+        """Write a line to the server's error log."""
         if self.error_log is not None:
             self.error_log.write(error_line(self.client, format % args))
 
@@ -1147,6 +1151,7 @@ class RedirectServer(AnyFamilyServer):
         super().server_bind()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until shutdown() or stop(), and then finish the requests in progress."""
         self.stopped.clear()
         self.selector = selectors.DefaultSelector()
         try:
@@ -1163,6 +1168,7 @@ class RedirectServer(AnyFamilyServer):
             self.stopped.set()
 
     def stop(self) -> None:
+        """Ask serve_forever() to end, without waiting for it."""
         self.stopping = True
 
     def shutdown(self) -> None:
@@ -1282,6 +1288,7 @@ class RedirectServer(AnyFamilyServer):
             time.sleep(0.01)  # or the loop would spin
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Make the handler of a client that has been accepted."""
         request.setblocking(False)
         # The constructor calls setup(), and handle(), which leaves a non-blocking socket alone.
         handler: Any = self.RequestHandlerClass(request, client_address, self)  # type: ignore
@@ -1404,7 +1411,7 @@ ARTICLE_STEPS = """\
 11. Click the Directory Security tab.
 12. Under Secure Communications, click Edit.
 13. Select the Require secure channel (SSL) check box. Select Require 128-bit encryption too, if
-    clients must have it. Only the {folder} folder needs this for OWA. The OWAasp folder must stay
+    clients must have it. Only the {folder} folder needs this for OWA. The Owaasp folder must stay
     without it, wherever else you set it: the page is asked for over plain HTTP.
 14. Click OK.
 15. Click OK.
@@ -1487,7 +1494,8 @@ def article_steps(version: int, rule: RedirectRule, port: int) -> str:
 def article_notes(version: int, rule: RedirectRule, port: int) -> str:
     """Return what the article does not say."""
     notes = [
-        "The site needs a certificate, ports 80 and 443, and no host headers (Q239875).",
+        f"The site needs a certificate, ports {port} and {rule.https_port}, and no host headers"
+        " (Q239875).",
         f"On any port but {port} the page does nothing: an empty answer with status 200.",
     ]
     if not rule.host:
@@ -1525,7 +1533,7 @@ def article_recipe(version: int, rule: RedirectRule, port: int) -> List[Part]:
         others += ", ActiveSync, OMA"
     verify = (
         f"From another machine: {check_command(rule, port)}\n"
-        "It asks for / as well, which the article leaves as it is.\n"
+        f"{rule.path} must be right there. / is critical: the article does not redirect it.\n"
         f"Over HTTPS, as before: OWA, {others}.\n"
     )
     return [
@@ -2609,7 +2617,8 @@ class DemoHandler(RedirectHandler):
 
     def reply_to(self, head: bytes) -> Answer:
         result = super().reply_to(head)
-        self.server.on_answer(result)  # type: ignore[attr-defined]
+        method = head.partition(b" ")[0].decode("latin-1") if result.target else "-"
+        self.server.on_answer(log_escape(method), result)  # type: ignore[attr-defined]
         return result
 
 
@@ -2620,12 +2629,12 @@ class Demo:
         self.port = 0  # of plain HTTP
         self.untold: Optional[Answer] = None  # the redirect that the stub's page has not shown
 
-    def tell_plain(self, result: Answer) -> None:
+    def tell_plain(self, method: str, result: Answer) -> None:
         if result.location:
             self.untold = result
         outcome = result.location or result.refusal
         target = log_escape(result.target) or "-"
-        print(f"http   {target}  {result.status} {outcome}", flush=True)
+        print(f"http   {method} {target}  {result.status} {outcome}", flush=True)
 
     def tell_secure(self, line: str) -> None:
         print(f"https  {line}", flush=True)
@@ -2667,14 +2676,14 @@ makes one with the site), and delete the folder.
 SITE_CMD = """\
 @echo off
 rem {http} to {https} by a Web site of its own.
-rem Nobody has run this on Windows yet: read it first. Run it in a Command Prompt as administrator.
+rem This has not been tested on Windows: read it first. Run it in a Command Prompt as administrator.
 setlocal
 set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
 set "ROOT=%SystemDrive%\\inetpub\\owahttps"
 set "REDIRECT=-section:system.webServer/httpRedirect -commit:apphost -enabled:true"
 set "WHY=HTTP Redirection (Web-Http-Redirect) is not installed, or the prompt is not elevated."
 %APPCMD% list module HttpRedirectionModule >nul || goto failed
-set "WHY=The site owahttps is there already. To make it anew, run owahttps-undo.cmd first."
+set "WHY=The site owahttps is there already. To recreate it, run owahttps-undo.cmd first."
 %APPCMD% list site owahttps >nul && goto failed
 set "WHY=Stopped half-way. owahttps-undo.cmd takes back what was done."
 if not exist "%ROOT%" md "%ROOT%" || goto failed
@@ -2690,7 +2699,7 @@ exit /b 1
 SITE_UNDO = """\
 @echo off
 rem Deletes the site owahttps and its settings. No other site is touched.
-rem Nobody has run this on Windows yet: read it first. Run it in a Command Prompt as administrator.
+rem This has not been tested on Windows: read it first. Run it in a Command Prompt as administrator.
 setlocal
 set "APPCMD=%windir%\\system32\\inetsrv\\appcmd.exe"
 set "ROOT=%SystemDrive%\\inetpub\\owahttps"
@@ -2767,9 +2776,10 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
             " 2007 and 2010.",
         ]
     notes += [
-        "Click the steps or run owahttps.cmd, not both. Nobody has run either on Windows yet.",
+        "Click the steps or run owahttps.cmd, not both. Neither has been tested on Windows.",
         "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
-        "The role service HTTP Redirection (Web-Http-Redirect) must be installed.",
+        "The role service HTTP Redirection must be installed: in PowerShell,"
+        " Install-WindowsFeature Web-Http-Redirect.",
         "Names that are not listed, and addresses, stay where they are.",
     ]
     if rule.keep_path:
@@ -2847,11 +2857,10 @@ def site_script(rule: RedirectRule, port: int) -> str:
 def site_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
     """Return the parts of a recipe for IIS 7 and later, `exchange` or `iis`."""
     refuse_what_iis_cannot(recipe, rule)
-    machine = f"http://{with_port(rule.host, port, 80)}/autodiscover/autodiscover.xml"
-    target = rule.location(rule.host, "/autodiscover/autodiscover.xml")
+    path = "/autodiscover/autodiscover.xml" if recipe == "exchange" else "/.well-known/x?y=z"
     verify = f"From another machine: {check_command(rule, port)}\n"
-    verify += f"Also: curl -I {machine}\n"
-    verify += f"      Location must be {target}\n"
+    verify += f"Also: curl -I 'http://{with_port(rule.host, port, 80)}{path}'\n"
+    verify += f"      Location must be {rule.location(rule.host, path)}\n"
     if recipe == "exchange":
         verify += "As before: OWA, ECP, EWS, ActiveSync, OAB, Outlook, Exchange Management Shell.\n"
     return [
@@ -2883,7 +2892,7 @@ PROXY_FIELDS = {
 LOOPS = "# A proxy that already speaks HTTPS: a redirect would loop."
 NO_REDIRECT = "# No redirect: a client of an API would send its secret in clear each time."
 LAYOUTS = "# TOKEN in the folder, or .well-known/acme-challenge/TOKEN as of certbot --webroot."
-A_DAY = "# Else browsers keep it for ever, also when it was wrong."
+A_DAY = "# Otherwise browsers keep it for ever, even if it was wrong."
 
 
 def allowed_names(rule: RedirectRule) -> str:
@@ -2921,6 +2930,9 @@ def nginx_exceptions(rule: RedirectRule) -> Iterator[str]:
 def nginx_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("$host")
     yield "# Delete other default servers of this port, such as /etc/nginx/sites-enabled/default."
+    yield "# This is for every name that has no server block of its own.  A block that names the"
+    yield "# host, or listens on one address, comes first: delete its part for plain HTTP.  Sites"
+    yield f'# that listen only on IPv4 need "listen [::]:{port};" beside this.'
     yield "server {"
     yield f"    listen {port} default_server;"
     yield "    # Delete this line where IPv6 is off:"
@@ -2977,6 +2989,7 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("%{SERVER_NAME}")
     yield "# No other site of this port may sort before it: a2dissite 000-default"
     if port != 80:
+        yield "# Delete this line where ports.conf has it:"
         yield f"Listen {port}"
     yield f"<VirtualHost *:{port}>"
     yield "    # SERVER_NAME is the Host then: in lower case, without port and last dot."
@@ -3170,6 +3183,8 @@ WantedBy=multi-user.target
 
 
 def systemd_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+    if rule.acme_dir.startswith(("/home/", "/root/", "/tmp/")):
+        raise RuleError(f"--acme-dir {rule.acme_dir}: the unit has a private /home, /root and /tmp")
     spare = 64
     yield SYSTEMD_UNIT.format(
         port=port,
@@ -3198,7 +3213,8 @@ SERVERS = {
     "apache": Server(
         "Apache httpd 2.4",
         "/etc/apache2/sites-available/000-owahttps.conf",
-        "a2enmod rewrite headers && a2ensite 000-owahttps && systemctl reload apache2",
+        "a2dissite 000-default; a2enmod rewrite headers && a2ensite 000-owahttps"
+        " && systemctl reload apache2",
         apache_lines,
     ),
     "haproxy": Server(
@@ -3242,8 +3258,8 @@ def server_recipe(name: str, rule: RedirectRule, port: int) -> List[Part]:
 RECIPES = {
     "exchange2000": "Exchange 2000 on IIS 5.0: Microsoft's article Q279681",
     "exchange2003": "Exchange 2003 on IIS 6.0: the same method",
-    "exchange": "Exchange 2007 to SE: a Web site of its own",
-    "iis": "any other application on IIS 7 and later: the same",
+    "exchange": "Exchange 2007, 2010, 2013, 2016, 2019 and SE: a Web site of its own",
+    "iis": "any other application on IIS 7 or later, by the same method",
 }
 RECIPES.update((name, server.what) for name, server in SERVERS.items())
 
@@ -4639,6 +4655,15 @@ def check(
 # ======== Command line ================================================================
 
 
+class Once(argparse.Action):
+    """An option that may be given once: a second --host would replace the first in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise RuleError(f"{option} is given twice; each further name is an --allow-host")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others here."""
 
@@ -4682,13 +4707,13 @@ def add_rule_arguments(
     api = {"action": "append", "metavar": "PATH"}
     add("--path", "where every request leads", default_path, metavar="PATH")
     add("--keep-path", "keep the path and query of the request instead", action="store_true")
-    add("--host", "lead to this name instead of the requested one", metavar="NAME")
+    add("--host", "lead to this name instead of the requested one", metavar="NAME", action=Once)
     add("--https-port", "lead to this port", default.https_port, type=port, metavar="PORT")
     add("--status", "301, 302, 307 or 308", default.status, type=int, metavar="CODE")
     add("--allow-host", "redirect only this name; may be repeated", **many)
     add("--api", "answer 403 at and below this path; may be repeated", **api)
-    add("--acme-dir", "serve token files of ACME http-01 from here", metavar="DIR")
-    add("--health", "answer 200 here, for health checks", metavar="PATH")
+    add("--acme-dir", "serve token files of ACME http-01 from this folder", metavar="DIR")
+    add("--health", "answer 200 at this path, for health checks", metavar="PATH")
 
 
 def rule_fields(args: argparse.Namespace) -> Dict[str, Any]:
@@ -4729,9 +4754,9 @@ def bind_trouble(error: OSError, host: str, port: int) -> str:
     where = f"port {port} on {host or 'every address'}"
     if error.errno == errno.EACCES and sys.platform != "win32":
         return (
-            f"may not bind {where}: use a systemd unit with AmbientCapabilities="
-            "CAP_NET_BIND_SERVICE (owahttps.py generate systemd), or sysctl "
-            "net.ipv4.ip_unprivileged_port_start=80, or start as root with --user NAME"
+            f"not allowed to bind {where}: start with sudo and --user nobody, or by the unit of "
+            "owahttps.py generate systemd (it has CAP_NET_BIND_SERVICE), or set "
+            "sysctl net.ipv4.ip_unprivileged_port_start=80"
         )
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
         if sys.platform == "win32":
@@ -4769,7 +4794,7 @@ def add_serve_arguments(parser: Any) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="open at the same time (default: 16384, at most the limit of open files less 64)",
+        help="allow N at once (default: 16384, at most the limit of open files minus 64)",
     )
     parser.add_argument("--quiet", action="store_true", help="write no access log")
     add_rule_arguments(parser)
@@ -4820,7 +4845,7 @@ def on_signal(stop: Callable[[], Any]) -> None:
 def warnings_for(rule: RedirectRule, host: str) -> Iterator[str]:
     """Yield what will hurt later."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        yield "runs as root: --user NAME gives that up once the port is bound"
+        yield "running as root; --user NAME drops that once the port is bound"
     if rule.status in (301, 308):
         if host == "::1" or host.startswith("127."):
             yield f"browsers keep a {rule.status} for a day, for localhost too: a 302 they do not"
@@ -4857,7 +4882,7 @@ def command_serve(args: argparse.Namespace) -> int:
     """Redirect until a signal."""
     rule = rule_of(rule_fields(args), args.port)
     if rule.acme_dir and not os.path.isdir(rule.acme_dir):
-        raise RuleError(f"--acme-dir {rule.acme_dir!a} is not a folder")
+        raise RuleError(f"--acme-dir {rule.acme_dir!a} is not a folder: make it first")
     # A socket must not get the number of a standard file that is closed: the log would go there.
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
@@ -4927,18 +4952,22 @@ def choose_parts(recipe: str, parts: List[Part], wanted: str) -> List[Part]:
     """Return the part that is wanted, or all."""
     if not wanted:
         return parts
-    chosen = [part for part in parts if part.name == wanted]
+    chosen = [part for part in parts if wanted in (part.name, part.file)]
     if not chosen:
         names = ", ".join(part.name for part in parts)
         raise RuleError(f"{recipe} has no part {wanted!a}; it has {names}")
     return chosen
 
 
+def with_headings(parts: List[Part]) -> str:
+    """Return several parts as one text."""
+    return "\n".join(f"---- {part.file or part.name} ----\n{part.text}" for part in parts)
+
+
 def print_parts(parts: List[Part]) -> None:
     """Print one part as it is, or several with their names."""
     if len(parts) > 1:
-        texts = [f"---- {part.file or part.name} ----\n{part.text}" for part in parts]
-        print("\n".join(texts), end="")
+        print(with_headings(parts), end="")
         return
     text = parts[0].text
     if parts[0].file.endswith(".cmd") and os.linesep == "\n" and not sys.stdout.isatty():
@@ -4948,13 +4977,13 @@ def print_parts(parts: List[Part]) -> None:
 
 
 def write_parts(folder: str, parts: List[Part]) -> None:
-    """Write the parts into files: all, or none where one is there with another content."""
+    """Write the parts into files: all, or none if one exists with other content."""
     if not os.path.isdir(folder):
-        raise OSError(f"--write {folder!a} is not a folder")
+        raise OSError(f"--write {folder!a} is not a folder: make it first")
     texts = {part.file: part.text for part in parts if part.file}
-    steps = [part.text for part in parts if not part.file]
+    steps = [part for part in parts if not part.file]
     if steps:
-        texts["owahttps-steps.txt"] = "\n".join(steps)
+        texts["owahttps-steps.txt"] = with_headings(steps)
     missing = {}
     for name, text in texts.items():
         path = os.path.join(folder, name)
@@ -4965,7 +4994,7 @@ def write_parts(folder: str, parts: List[Part]) -> None:
             continue
         with open(path, "rb") as file:
             if file.read() != data:
-                raise OSError(f"{path} is another file, and this one would be in place of it")
+                raise OSError(f"{path} exists with other content: nothing was written")
     for path, data in missing.items():
         with open(path, "xb") as file:
             file.write(data)
@@ -4991,6 +5020,7 @@ def command_generate(args: argparse.Namespace) -> int:
         for name, what in RECIPES.items():
             print(f"{name:<14}{what}")
         return 0
+    args.recipe = args.recipe.lower()
     if args.recipe not in RECIPES:
         raise RuleError(f"there is no recipe {args.recipe!a}: see generate --list")
     parts = recipe_parts(args.recipe, recipe_rule(args), args.port)
@@ -5242,7 +5272,7 @@ def add_demo_arguments(parser: Any) -> None:
         type=port,
         default=8080,
         metavar="PORT",
-        help="of plain HTTP, or the next free one (default: 8080)",
+        help="port of plain HTTP, or the next free one (default: 8080)",
     )
     parser.add_argument(
         "--https-port",
@@ -5250,7 +5280,7 @@ def add_demo_arguments(parser: Any) -> None:
         default=8443,
         metavar="PORT",
         dest="stub_port",
-        help="of HTTPS, or the next free one (default: 8443)",
+        help="port of HTTPS, or the next free one (default: 8443)",
     )
     parser.add_argument("--open", action="store_true", help="open the browser")
     parser.add_argument(
@@ -5327,7 +5357,7 @@ COMMANDS = {
     "serve": (
         add_serve_arguments,
         command_serve,
-        "redirect plain HTTP to HTTPS, until a signal",
+        "redirect plain HTTP to HTTPS, until stopped by a signal",
         """\
 The access log goes to standard output, in Combined Log Format, and everything
 else to standard error.  SIGTERM, SIGINT and SIGHUP stop it.
@@ -5340,7 +5370,7 @@ examples:
     "generate": (
         add_generate_arguments,
         command_generate,
-        "print the rule for a server to follow",
+        "print the configuration for another server",
         """\
 examples:
   owahttps.py generate                        the article: page and IIS steps
@@ -5364,7 +5394,7 @@ examples:
     "check": (
         add_check_arguments,
         command_check,
-        "is port 80 of these sites handled right?",
+        "check that port 80 of these sites redirects correctly",
         """\
 Exit 0: ok, 1: warning, 2: critical, 3: could not tell, or wrong usage.
 
@@ -5423,7 +5453,11 @@ def parse(argv: List[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
         raise RuleError(f"there is no command {argv[0]!a}: {hint}")
-    return build_parser().parse_args(argv or ["--help"])
+    args, unknown = build_parser().parse_known_args(argv or ["--help"])
+    if unknown:
+        where = f"owahttps.py {args.command} --help"
+        raise RuleError(f"unknown arguments: {' '.join(unknown)} ({where} lists what there is)")
+    return args
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -1754,7 +1754,7 @@ def test_write(tmp_path):
     steps.unlink()
     code, out, err = run(*words)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "in place of it" in err and list(tmp_path.iterdir()) == [page]
+    assert "exists with other content" in err and list(tmp_path.iterdir()) == [page]
     err = run("generate", "nginx", *words[1:])[2]
     assert "/etc/nginx/conf.d/owahttps.conf, then: nginx -t" in err
 
@@ -3241,7 +3241,7 @@ def test_the_demo_tells_what_happened():
         told, again = (fetch(secure, trust)[2] for _ in range(2))
         assert f"{url}mail?x<" in told and f"HTTP/1.1 302 Found\nLocation: {secure}<" in told
         assert "You typed" not in again and "302" not in again and "straight" in again
-        assert child.stdout.readline() == f"http   /mail?x  302 {secure}\n"
+        assert child.stdout.readline() == f"http   GET /mail?x  302 {secure}\n"
         assert child.stdout.readline() == "https  GET /exchange  200 You are on HTTPS\n"
         fetch(f"{url}\x1b[31m".replace("\x1b", "%1b"))
         assert "\x1b" not in child.stdout.readline()
@@ -3308,6 +3308,8 @@ ERRORS = {  # a command line: (exit code, what the one line on standard error sa
     "serve --health /": (2, "health"),
     "serve --host=": (2, "empty"),
     "serve --api /": (2, "api"),
+    "serve --host a --host b": (2, "--host is given twice"),
+    "serve --host https://a": (2, "no https://"),
     "sevre": (2, "serve"),
     "help sevre": (2, "serve"),
     "--quiet serve": (2, "--quiet"),
