@@ -850,12 +850,11 @@ def error_line(client: str, text: str) -> str:
 # request; for the client to take its answers; for the drain.  Deadlines use time.monotonic(); the
 # wall clock serves only the Date field and the logs.
 #
-# The server keeps two ordered lists: all open connections, by their last progress; and those that
-# hold bytes, with how many.  When there are more than max_connections, it closes the one without
-# progress for the longest time.  When they hold more than max_bytes, it closes the one that has
-# held bytes for the longest time.  When file descriptors run out, it closes one for the next
-# client; when another resource runs out, it stops accepting for 10 ms.  An exception in one
-# connection closes only that connection.
+# The server keeps its open connections in the order of their last progress.  When there are more
+# than max_connections, it closes the one without progress for the longest time.  When they hold
+# more than max_bytes, it closes some of those that hold bytes, in the same order.  When file
+# descriptors run out, it closes one for the next client; when another resource runs out, it stops
+# accepting for 10 ms.  An exception in one connection closes only that connection.
 #
 # A new client is served as soon as it is accepted.  Most requests are answered and closed in that
 # same step, and the selector never hears of them.  TCP_DEFER_ACCEPT, where there is one, keeps a
@@ -928,6 +927,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.may_send_more = False  # whether the client may still be sending then
         self.drained = 0  # bytes
         self.registered = 0  # the event that the server's selector waits for
+        self.held = 0  # bytes, as the server has counted them
 
     def finish(self) -> None:
         """Leave the socket to the server, which closes it."""
@@ -1133,9 +1133,6 @@ class RedirectServer(AnyFamilyServer):
         # The open connections, each with its deadline at its last progress; the one without
         # progress for the longest time is first.
         self.connections: "OrderedDict[RedirectHandler, float]" = OrderedDict()
-        # Those that hold bytes, with how many; the one that has held some for the longest time
-        # is first.
-        self.holding: "OrderedDict[RedirectHandler, int]" = OrderedDict()
         self.held_bytes = 0  # by all of them
         self.accepted: List[RedirectHandler] = []  # in this batch
         self.next_sweep = 0.0
@@ -1333,19 +1330,20 @@ class RedirectServer(AnyFamilyServer):
             self.connections.move_to_end(handler)
             if len(self.connections) > self.max_connections:
                 self.drop(next(iter(self.connections)))
-        if handler.incoming or handler.outgoing or handler in self.holding:
-            self.note_bytes(handler)
-            while self.held_bytes > self.max_bytes:
-                self.drop(next(iter(self.holding)))
-
-    def note_bytes(self, handler: RedirectHandler) -> None:
-        """Note how many bytes a connection holds."""
         size = len(handler.incoming) + len(handler.outgoing)
-        self.held_bytes += size - self.holding.get(handler, 0)
-        if size:
-            self.holding[handler] = size
-        else:
-            self.holding.pop(handler, None)
+        if size != handler.held:
+            self.held_bytes += size - handler.held
+            handler.held = size
+            if self.held_bytes > self.max_bytes:
+                self.free_bytes()
+
+    def free_bytes(self) -> None:
+        """Close connections that hold bytes, until a quarter of the budget is free again."""
+        for handler in list(self.connections):
+            if self.held_bytes <= self.max_bytes * 3 // 4:
+                break
+            if handler.held:
+                self.drop(handler)
 
     def drop(self, handler: RedirectHandler) -> None:
         """Close a connection; its bytes are free at once.  To drop one twice does no harm."""
@@ -1353,7 +1351,8 @@ class RedirectServer(AnyFamilyServer):
         if handler.registered:
             handler.registered = 0
             self.connections.pop(handler, None)
-            self.note_bytes(handler)
+            self.held_bytes -= handler.held
+            handler.held = 0
             with contextlib.suppress(KeyError, ValueError):  # a handler has closed it itself
                 self.selector.unregister(handler.request)
         try:
