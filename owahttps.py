@@ -1855,6 +1855,7 @@ ACCEPTED = "an error other than 400"  # which understands the request, and says 
 CLOSED = "closed"  # without an answer
 ONCE = "one answer"  # a final one, and nothing after it
 A_URI = "a Location that is a URI, or none"
+TO = "a redirect to "  # this name, whatever its status and path
 
 
 class Case(NamedTuple):
@@ -1915,15 +1916,19 @@ def redirect_by(rule: RedirectRule, name: str = MAIL, path: str = "/", kept: boo
     return f"{rule.status} https://{rule.host or name}{port}{path}"
 
 
-def redirect_to(name: str) -> str:
-    """Return how a case asks for a redirect to this name, whatever its status and path."""
-    return f"a redirect to {name}"
-
-
 def method_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about methods: whatever can ask for a page is redirected."""
+    """Return the cases about methods, and about what else is in an answer."""
     home = redirect_by(rule)
     port_443, no_port = f"CONNECT {MAIL}:443 HTTP/1.1", f"CONNECT {MAIL}: HTTP/1.1"
+    get = head_of(GET)
+    expect = ("Expect: 100-continue", "Content-Length: 9")
+    put = head_of("PUT / HTTP/1.1", *expect)
+    put_10 = head_of("PUT / HTTP/1.0", *expect) + b"123456789"
+    what = "no 100 that invites the body, which is in clear"
+    hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in clear", get)
+    # Browsers keep a permanent redirect that is wrong, until its lifetime ends.
+    day = case(OWN, "permanent-for-a-day", "browsers", "a lifetime of a day", get, home)
+    lifetime = "max-age=86400" if rule.status in (301, 308) else None
     return [
         line_case(OWN, "get", "RFC 6797 7.2", GET, home),
         line_case(OWN, "head", "RFC 9110 9.3.2", "HEAD / HTTP/1.1", home),
@@ -1938,22 +1943,6 @@ def method_cases(rule: RedirectRule) -> List[Case]:
         line_case(MUST, "connect-without-port", "RFC 9110 9.3.6", no_port, REFUSED),
         line_case(OWN, "options-asterisk", "RFC 9110 9.3.7", "OPTIONS * HTTP/1.1", "204"),
         line_case(OWN, "get-asterisk", "RFC 9112 3.2.4", "GET * HTTP/1.1", "400"),
-    ]
-
-
-def answer_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about what else is in an answer, or is not."""
-    home = redirect_by(rule)
-    get = head_of(GET)
-    expect = ("Expect: 100-continue", "Content-Length: 9")
-    put = head_of("PUT / HTTP/1.1", *expect)
-    put_10 = head_of("PUT / HTTP/1.0", *expect) + b"123456789"
-    what = "no 100 that invites the body, which is in clear"
-    hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in clear", get)
-    # Browsers keep a permanent redirect that is wrong, until its lifetime ends.
-    day = case(OWN, "permanent-for-a-day", "browsers", "a lifetime of a day", get, home)
-    lifetime = "max-age=86400" if rule.status in (301, 308) else None
-    return [
         case(OWN, "expect-continue", "RFC 9110 10.1.1", what, put, home),
         case(MUST, "expect-continue-http10", "RFC 9110 15.2", "no 1xx", put_10, ONCE, REFUSED),
         hsts._replace(field="strict-transport-security"),
@@ -2171,7 +2160,7 @@ def length_cases(rule: RedirectRule) -> List[Case]:
 
 def absolute_form_cases(rule: RedirectRule) -> List[Case]:
     """Return the cases about a request target that is a whole URI."""
-    to = redirect_to(rule.host or MAIL)
+    to = TO + (rule.host or MAIL)
     home, path = redirect_by(rule), redirect_by(rule, path="/a?b")
     other = head_of(f"GET http://{MAIL}/x HTTP/1.1", host="other.example")
     first = head_of(f"GET http://{MAIL}:8080/ HTTP/1.1", host="other.example")
@@ -2352,7 +2341,6 @@ def cases(rule: RedirectRule, word: str = "") -> List[Case]:
     """Return the cases that say something about a server with this rule, and have this word."""
     all_cases = [
         *method_cases(rule),
-        *answer_cases(rule),
         *host_cases(rule),
         *invalid_host_cases(),
         *host_line_cases(rule),
@@ -2449,7 +2437,7 @@ def demands_met(answer: Response) -> Set[str]:
         met.add(A_URI)
     url = SECURE_URL.fullmatch(location or "")
     if url:
-        met.add(redirect_to(url.group(1)))
+        met.add(TO + url.group(1))
     if location is None and answer.status >= 400:
         met.add(REFUSED)
         if answer.status > 400:
