@@ -15,10 +15,10 @@ it: it needs CPython 3.6 or newer and nothing else.
   python3 owahttps.py check mail.example.com          is port 80 there right?
   python3 owahttps.py demo --open                     show it in a browser
 
-owahttps.py COMMAND --help tells the rest.
+Run owahttps.py COMMAND --help for all options of a command.
 """
 
-# A map of this file.  Each function stands below what it uses.
+# A map of this file.  Each function is defined below the ones that it uses.
 #
 #   Part one: the article
 #     The rule        where plain HTTP goes: a RedirectRule
@@ -104,31 +104,31 @@ Address = Tuple[str, int]  # a host and a port, as sockets take them
 
 
 class RuleError(ValueError):
-    """An invalid rule, or one that cannot be expressed somewhere; the text is one line."""
+    """The rule is invalid, or a recipe cannot express it; the message is one line."""
 
 
 class HostError(RuleError):
     """The text is not a server name."""
 
 
-# RFC 9110 section 7.2: Host = uri-host [ ":" port ].  Of the hosts of RFC 3986 we take only
-# those that a certificate can name: labels of letters, digits and inner "-" and "_", or an IP
-# address.  There is no userinfo, no percent-encoding and no IPv6 zone.
+# RFC 9110 section 7.2: Host = uri-host [ ":" port ].  Of the hosts that RFC 3986 allows, only
+# those that a certificate can name are accepted: labels of letters, digits and inner "-" and "_",
+# or an IP address.  There is no userinfo, no percent-encoding and no IPv6 zone.
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 AUTHORITY = re.compile(rf"(?:({LABEL}(?:\.{LABEL})*)\.?|(\[[0-9A-Fa-f:.]+\]))(?::([0-9]{{0,5}}))?")
-# WHATWG URL section 3.5: a browser takes a host whose last label is a number for an IPv4
-# address, and refuses it if it is not a valid one.
+# WHATWG URL section 3.5: if the last label of a host is a number, a browser treats the host as an
+# IPv4 address, and rejects it if it is not a valid one.
 ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
-# CPython accepts leading zeros in an IPv4 address before 3.9.5, and refuses them since.
+# CPython before 3.9.5 accepts leading zeros in an IPv4 address; later versions reject them.
 LEADING_ZERO = re.compile(r"(?:^|[:.])0[0-9]+\.|\.0[0-9]+$")
 # RFC 3986 section 2.3, the unreserved characters: every server's configuration, cmd.exe and
 # VBScript take them literally.
 RULE_PATH = re.compile(r"/[A-Za-z0-9._~/-]*")
-# Paths that machines ask for, in any case of letters: RFC 8615 (certificate authorities, MTA-STS
-# and others) and Autodiscover.  They keep their path: their clients want one certain file.
+# Paths that programs ask for, in upper or lower case: RFC 8615 (certificate authorities, MTA-STS
+# and others) and Autodiscover.  They are always kept: these clients want one particular file.
 MACHINE_PATH = re.compile(r"/(?i:\.well-known|autodiscover)/")
-# In a request target everything else is percent-encoded, and so is a "%" that does not begin an
-# encoded byte (RFC 3986 sections 3.3 and 3.4).
+# In a request target, everything except these is percent-encoded, and so is a "%" that does not
+# begin an encoded byte (RFC 3986 sections 3.3 and 3.4).
 IN_URL = r"A-Za-z0-9._~:/?@!$&'()*+,;=%-"
 LONE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 OUTSIDE_URL = re.compile(f"[^{IN_URL}]|{LONE_PERCENT.pattern}")
@@ -157,7 +157,7 @@ def split_authority(text: str) -> Tuple[str, int]:
     >>> split_authority("Mail.Example.com.:8080")
     ('mail.example.com', 8080)
 
-    Raises HostError for anything else than a name or an address with an optional port.
+    Raises HostError for anything other than a name or an address with an optional port.
     """
     match = AUTHORITY.fullmatch(text)
     if not match:
@@ -184,15 +184,15 @@ def server_name(authority: str) -> str:
 
 
 def with_port(name: str, port: int, default: int) -> str:
-    """Return name[:port]; the default port of a scheme is not written."""
+    """Return name[:port], without the port where it is the default of the scheme."""
     return name if port == default else f"{name}:{port}"
 
 
 def host_of_rule(text: str) -> str:
-    """Return the server name; HostError where there is a port beside it."""
+    """Return the server name; raise HostError if it has a port."""
     name, port = split_authority(text)
     if port:
-        raise HostError(f"{text!a} has a port: give only the name here, and --https-port")
+        raise HostError(f"{text!a} has a port: give only the name here; use --https-port")
     return name
 
 
@@ -227,8 +227,8 @@ def check_path(field: str, path: Any) -> None:
 
 
 def percent_encode(target: str) -> str:
-    """Return a request target with all percent-encoded that a URL cannot hold."""
-    if OUTSIDE_URL.search(target):  # not re.sub(): it takes 6 ms where nothing fits
+    """Return a request target with everything percent-encoded that a URL cannot contain."""
+    if OUTSIDE_URL.search(target):  # most targets need nothing, which search() tells fastest
         target = LONE_PERCENT.sub("%25", target).translate(PERCENT_ENCODED)
     return target
 
@@ -254,11 +254,11 @@ class RedirectRule(RuleFields):
     host         lead to this name instead of the requested one ("": the requested one)
     https_port   lead to this port
     status       301, 302, 307 or 308; 302 is what the article's Response.Redirect sends, and
-                 no browser keeps it
+                 browsers do not cache it
     keep_path    keep the path and query of the request, instead of `path`
     allow_hosts  the only names that are redirected (empty: every name); host is one of them
     health       a path that answers 200 ("": none)
-    acme_dir     a folder with token files of ACME http-01, which are served ("": none)
+    acme_dir     a folder of ACME http-01 token files, which are served ("": none)
     api          paths below which the answer is 403: a client of an API would follow a
                  redirect each time, and send its secret in clear each time
 
@@ -318,7 +318,7 @@ class RedirectRule(RuleFields):
 
     @classmethod
     def _make(cls, fields: Iterable[Any]) -> "RedirectRule":  # type: ignore[override]
-        """Make a rule of its fields in order; _replace() goes through here, so it validates too."""
+        """Make a rule from its fields in order; _replace() calls this, so it validates too."""
         return cls(*fields)
 
     def authority(self, name: str) -> str:
@@ -369,8 +369,8 @@ def command_options(rule: RedirectRule) -> str:
 
 # ---- The answer ----------------------------------------------------------------------
 
-MAX_TARGET = 8 * 1024  # bytes of a request target: 414 beyond
-MAX_HEAD = 32 * 1024  # bytes of a request head: 431 beyond
+MAX_TARGET = 8 * 1024  # bytes of a request target; the answer to a longer one is 414
+MAX_HEAD = 32 * 1024  # bytes of a request head; the answer to a longer one is 431
 MAX_TOKEN_FILE = 64 * 1024  # bytes of an ACME token's file
 MAX_LOGGED = 1000  # characters of each field of a log line
 
@@ -409,7 +409,8 @@ REQUEST_LINE = rf"(?:\r\n)?({METHOD}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n"
 # RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS, and no obs-fold.
 WHOLE_HEAD = re.compile(rf"{REQUEST_LINE}(?:{TCHAR}+:[\t -~\x80-\xff]*\r\n)*\r\n")
 REQUEST_LINE_BYTES = re.compile(REQUEST_LINE.encode("latin-1"))
-# How a proxy that has ended TLS says so; the first element counts, it is the browser's.
+# How a proxy that has terminated TLS says so.  The first element of a list counts: it is about
+# the browser's connection.
 LOOP_SIGNS = {
     "x-forwarded-proto": re.compile(r"(?i)(https|wss)[\t ]*(,|$)"),
     "cloudfront-forwarded-proto": re.compile(r"(?i)https$"),
@@ -418,21 +419,21 @@ LOOP_SIGNS = {
     "front-end-https": re.compile(r"(?i)on$"),  # Microsoft's own, for Outlook Web Access
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
-# The fields that an answer depends on, and those of a log line.  A line that begins with another
-# letter is none of them, which the lookahead finds out at once.
+# The fields that an answer depends on, and those of a log line.  The lookahead skips at once each
+# line that begins with any other letter.
 FIELD_NAMES = ["host", "connection", "content-length", "transfer-encoding", *LOOP_SIGNS]
 FIELD_NAMES += ["referer", "user-agent"]
 INITIALS = "".join(sorted({name[0] + name[0].upper() for name in FIELD_NAMES}))
 FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
-# What a log line has as \xHH: all but printable ASCII, and quotes and backslashes.
+# What a log line writes as \xHH: all but printable ASCII, and quotes and backslashes.
 LOG_ESCAPES = {
     code: f"\\x{code:02X}" for code in range(256) if not re.match(r"[ !#-\[\]-~]", chr(code))
 }
 NOT_LOGGABLE = bytes(LOG_ESCAPES)
 
-# What is wrong with a head: the first pattern that matches tells.  The last one always does.
+# What is wrong with a head: the first pattern that matches decides, and the last always matches.
 FAULTS = [
     (re.compile(pattern, re.DOTALL), status, reason)
     for pattern, status, reason in (
@@ -452,7 +453,7 @@ FAULTS = [
 
 
 class Refusal(Exception):
-    """A request that gets an error: Refusal(status, reason); the reason never quotes it."""
+    """The answer is an error: Refusal(status, reason).  The reason never quotes the request."""
 
 
 class Request(NamedTuple):
@@ -468,7 +469,7 @@ class Request(NamedTuple):
 class Answer(NamedTuple):
     """The answer to one request head."""
 
-    response: bytes  # b"": close without a word
+    response: bytes  # b"": close without an answer
     status: int
     location: str
     target: str  # path and query that were asked for, "" where the request was refused early
@@ -487,7 +488,7 @@ def log_escape(text: str, most: int = MAX_LOGGED) -> str:
 def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str:
     """Return a line of the Combined Log Format, from the request line on."""
     logged = f"{line}{referer}{agent}".encode("latin-1")
-    # Mostly there is nothing to escape, and translate() tells that faster than a pattern.
+    # Usually there is nothing to escape, and translate() finds that out faster than a pattern.
     if len(logged.translate(None, NOT_LOGGABLE)) < len(logged) or len(logged) > MAX_LOGGED:
         line, referer, agent = log_escape(line), log_escape(referer), log_escape(agent)
     return f'"{line}" {status} {size} "{referer}" "{agent}"'
@@ -496,7 +497,8 @@ def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str
 def read_fields(text: str) -> Dict[str, str]:
     """Return the fields of a head that an answer depends on, their names in lower case.
 
-    Several of one name make a list (RFC 9110 section 5.3): two Host fields are not a valid name.
+    Several of one name are joined into a list (RFC 9110 section 5.3), so two Host fields are not
+    a valid server name.
     """
     fields: Dict[str, str] = {}
     for name, value in FIELD.findall(text):
@@ -542,7 +544,7 @@ def effective_target(method: str, host: str, target: str) -> Tuple[str, str]:
         absolute = ABSOLUTE_FORM.fullmatch(target)
         if not absolute:
             raise Refusal(400, "request target is not a path")
-        if absolute.group(1):  # RFC 9110 section 7.4: an https URI wants a secure connection
+        if absolute.group(1):  # RFC 9110 section 7.4: an https URI needs a secure connection
             raise Refusal(421, LOOP)
         # RFC 9112 section 3.2.2: its authority replaces the Host field.
         host, target = server_name(absolute.group(2)), absolute.group(3)
@@ -566,8 +568,8 @@ def read_request(head: str, fields: Dict[str, str]) -> Request:
     if method in ("CONNECT", "TRACE"):
         raise Refusal(405, f"{method} is not allowed")
     name, target = effective_target(method, name, target)
-    # A body is never read as such, so it can never be taken for a request: the connection ends
-    # after the answer.  So it does for HTTP/1.0, and where "close" is a part of another option.
+    # A body is never read as such.  The connection ends after the answer, so that no body can be
+    # taken for a request.  It also ends for HTTP/1.0, and if "close" is part of another option.
     close = body or minor == "0" or "close" in fields.get("connection", "").lower()
     return Request(method, name, target, body, close)
 
@@ -602,7 +604,7 @@ def decide(
 
 
 def page(status: int, location: str, message: str) -> str:
-    """Return a page of HTML; the message is our own words."""
+    """Return an HTML page; the message is our own text, and needs no escaping."""
     title, paragraph = f"{status} {PHRASES[status]}", message
     if location:  # IIS's own words
         title = "Object moved"
@@ -618,7 +620,7 @@ def render(
     head = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\nServer: owahttps\r\n"
     if location:
         head += f"Location: {location}\r\n"
-    if status in (301, 308):  # browsers keep these without limit: a wrong one is gone in a day
+    if status in (301, 308):  # browsers cache these without limit: let a wrong one expire
         head += "Cache-Control: max-age=86400\r\n"
     if status in (204, 405):
         head += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
@@ -643,7 +645,7 @@ def answer(
     find_token: Callable[[str], Optional[bytes]] = no_token,
     last: bool = False,
 ) -> Answer:
-    """Answer one request head: a whole one, or one that is_refused_early().
+    """Answer one request head: a whole one, or one for which is_refused_early() is true.
 
     date        the Date field, the first of dates()
     find_token  returns the file of an ACME token, or None
@@ -667,11 +669,11 @@ def answer(
         status, refusal = refused.args
     if refusal:
         message, more_to_come, close = refusal, True, True
-    # Long ones are rarely asked for twice, and would fill the memory.
+    # Long ones are rarely asked for twice, and would fill up the memory.
     find_response = shared_render if len(location) + len(message) < 300 else render
     head_only = line.startswith("HEAD ")
     response, size = find_response(status, location, message, head_only, close, date)
-    if text.startswith("\x16"):  # TLS: it would not be understood
+    if text.startswith("\x16"):  # a TLS client would not understand it
         response = b""
     referer, agent = fields.get("referer") or "-", fields.get("user-agent") or "-"
     log = log_line(line, status, size, referer, agent)
@@ -679,9 +681,9 @@ def answer(
 
 
 def is_refused_early(partial: bytes) -> bool:
-    """Return whether a head that has come in part is refused already.
+    """Return whether a head that has come only in part is already refused.
 
-    Its client gets an error at once, and not a closed connection at the deadline.
+    Its client gets an error at once, instead of a closed connection at the deadline.
     """
     if partial.startswith(b"\x16") or len(partial) > MAX_HEAD:
         return True
@@ -693,7 +695,7 @@ def is_refused_early(partial: bytes) -> bool:
 
 
 def head_end(data: bytes) -> int:
-    """Return the length of the first head in these bytes, 0 while it is not whole.
+    """Return the length of the first head in these bytes, 0 while it is incomplete.
 
     A head that is refused already counts as whole.
     """
@@ -712,7 +714,7 @@ def open_nonblocking(fd: int) -> int:
     """Return a non-blocking file descriptor of our own for the terminal behind this one.
 
     When a terminal has room for only a part of what is written, write() waits for the rest,
-    whatever poll() said.  To make `fd` itself non-blocking would change it for the shell too.
+    whatever poll() said.  Making `fd` itself non-blocking would change it for the shell too.
     """
     with contextlib.suppress(OSError):
         if os.isatty(fd):
@@ -723,7 +725,7 @@ def open_nonblocking(fd: int) -> int:
 class Log:
     """Writes lines to a file descriptor without making the server wait.
 
-    write(line) takes a line that ends in a newline; flush() writes the lines that have gathered.
+    write(line) takes a line that ends in a newline; flush() writes the lines taken so far.
 
     A regular file is written directly.  For a pipe, a socket or a terminal, poll() tells before
     each write whether it accepts PIPE_BUF bytes.  While it does not (a reader that stalls,
@@ -731,7 +733,7 @@ class Log:
     closed pipe loses lines too.  tell(text) is called at the first error, and with the number of
     lost lines when writing works again, or at the end.
 
-    Windows has no poll() for files: there a paused console makes the server wait.
+    Windows has no poll() for files, so a paused console makes the server wait there.
     """
 
     max_waiting = 1 << 20  # bytes
@@ -742,7 +744,7 @@ class Log:
         self.waiting = b""  # what is not written yet
         self.within_line = False  # whether the last write ended within a line
         self.faulty = False  # whether the last write failed
-        self.lost = 0  # lines that tell() has not heard of
+        self.lost = 0  # lines that tell() has not reported
         self.poll: Any = None
         if hasattr(select, "poll") and not stat.S_ISREG(os.fstat(fd).st_mode):
             self.fd = open_nonblocking(fd)
@@ -788,9 +790,9 @@ class Log:
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
-        """Lose what waits, but for the end of a line that was written in part."""
+        """Discard what waits; leave only a newline, to end a line that was written in part."""
         if not self.faulty:
-            self.tell(f"the log cannot be written, redirects go on without it: {error.strerror}")
+            self.tell(f"the log cannot be written; redirects go on without it: {error.strerror}")
         self.faulty = True
         # A newline at the very beginning only ends a line that is already written.
         self.lost += self.waiting.lstrip(b"\n").count(b"\n")
@@ -801,7 +803,7 @@ class Log:
         self.lost = 0
 
     def close(self) -> None:
-        """Write what is left, but do not wait for a reader that stalls."""
+        """Write what is left, but do not wait long for a reader that stalls."""
         self.flush()
         if self.waiting and self.poll is not None and self.poll.poll(500):
             self.flush()
@@ -834,8 +836,8 @@ def error_line(client: str, text: str) -> str:
 #   READING    waits for a request, or for the rest of its head
 #   WRITING    waits until the client takes more: there are bytes to send, or whole requests left
 #              to answer after its max_replies of this turn
-#   DRAINING   its last answer is sent, but the client may still be sending.  To close now would
-#              reset the connection, and the client would lose the answer.  Reads and drops.
+#   DRAINING   its last answer is sent, but the client may still be sending.  Closing now would
+#              reset the connection, and the client would lose the answer.  Reads and discards.
 #   DONE       the server closes the socket at the end of the batch
 #
 #   READING <-> WRITING                    while there are requests
@@ -848,19 +850,19 @@ def error_line(client: str, text: str) -> str:
 #
 # Each wait has a deadline: for a whole head, however slowly it comes; from an answer to the next
 # request; for the client to take its answers; for the drain.  Deadlines use time.monotonic(); the
-# wall clock serves only the Date field and the logs.
+# wall clock is used only for the Date field and the logs.
 #
 # The server keeps its open connections in the order of their last progress.  When there are more
-# than max_connections, it closes the one without progress for the longest time.  When they hold
-# more than max_bytes, it closes some of those that hold bytes, in the same order.  When file
-# descriptors run out, it closes one for the next client; when another resource runs out, it stops
-# accepting for 10 ms.  An exception in one connection closes only that connection.
+# than max_connections, it closes the one that has made no progress for the longest time.  When
+# they hold more than max_bytes, it closes some of those that hold bytes, in the same order.  When
+# file descriptors run out, it closes one for the next client; when another resource runs out, it
+# stops accepting for 10 ms.  An exception in one connection closes only that connection.
 #
 # A new client is served as soon as it is accepted.  Most requests are answered and closed in that
 # same step, and the selector never hears of them.  TCP_DEFER_ACCEPT, where there is one, keeps a
 # client that says nothing in the kernel, and saves a quarter of the time for the others.
 #
-# Why not asyncio or threads: they take three to six times the processor time for each request.
+# Why not asyncio or threads: they need three to six times the processor time for each request.
 # Why not logging: its handlers wait for a reader that stalls.
 
 READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
@@ -870,10 +872,10 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
     """Return the file of an ACME token, None where there is none.
 
     certbot --webroot writes FOLDER/.well-known/acme-challenge/TOKEN, acme-tiny and dehydrated
-    write FOLDER/TOKEN.  It must be a regular file, not a link, of at most 64 KiB.
+    write FOLDER/TOKEN.  It must be a regular file, not a link, and at most MAX_TOKEN_FILE long.
     """
     for path in (folder + ACME_PREFIX + token, os.path.join(folder, token)):
-        # Neither a link nor a FIFO may be opened, should one replace the file after lstat().
+        # Should a link or a FIFO replace the file after lstat(), open() neither follows nor waits.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_BINARY", 0)
         with contextlib.suppress(OSError):
@@ -887,7 +889,7 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
 
 
 def client_host(client_address: Any) -> str:
-    """Return the address of a client as logs have it."""
+    """Return the address of a client as the logs show it."""
     host = str(client_address[0])
     return host[7:] if host.startswith("::ffff:") else host  # IPv4 on an IPv6 socket
 
@@ -899,7 +901,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
     RedirectServer's sockets do not block: it calls receive(), reply() and send() itself.
 
     The server's `access_log` and `error_log`, where it has them, get lines by write(str).
-    parse_request() is not used: it decodes, and takes a lone CR for the end of a line.
+    parse_request() is not used: it decodes, and treats a lone CR as the end of a line.
     send_error() and the other methods that write to `wfile` do not work here.
     """
 
@@ -909,8 +911,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
     drain_seconds = 5.0  # for what the client still sends after its last answer
     max_drained = 32 * 1024 * 1024  # bytes of that
     max_received = 8192  # bytes in one step
-    max_replies = 2  # in one step: others have a turn before the next ones
-    max_outgoing = 64 * 1024  # bytes; beyond, the client has to take some first
+    max_replies = 2  # in one step: other connections have their turn before the next ones
+    max_outgoing = 64 * 1024  # bytes; beyond that, the client has to take some first
 
     def setup(self) -> None:
         self.rule = getattr(self.server, "rule", None) or self.rule
@@ -923,11 +925,11 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.outgoing = b""  # not sent yet
         self.between_requests = False  # whether the next byte begins a new head
         self.last = getattr(self.server, "stopping", False)  # whether the next answer is the last
-        self.close_connection = False  # whether it was
-        self.may_send_more = False  # whether the client may still be sending then
+        self.close_connection = False  # whether the last answer has been made
+        self.may_send_more = False  # whether the client may still be sending after it
         self.drained = 0  # bytes
         self.registered = 0  # the event that the server's selector waits for
-        self.held = 0  # bytes, as the server has counted them
+        self.held = 0  # bytes in `incoming` and `outgoing` when the server last counted them
 
     def finish(self) -> None:
         """Leave the socket to the server, which closes it."""
@@ -955,7 +957,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
             data = self.request.recv(self.max_received)
         except BlockingIOError:
             return
-        except OSError:  # it is gone, or too slow for a blocking socket
+        except OSError:  # the client is gone, or too slow for a blocking socket
             data = b""
         if not data:
             self.state = DONE
@@ -1076,8 +1078,8 @@ class AnyFamilyServer(HTTPServer):
             self.socket.setsockopt(level, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        # Accepted sockets inherit it.  Else Nagle's algorithm and delayed acknowledgement make
-        # answers to pipelined requests wait 40 ms.
+        # Accepted sockets inherit it.  Without it, Nagle's algorithm and delayed acknowledgement
+        # make answers to pipelined requests wait 40 ms.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Not HTTPServer's: it asks the DNS for a name, which can take seconds.
         TCPServer.server_bind(self)
@@ -1193,8 +1195,8 @@ class RedirectServer(AnyFamilyServer):
 
     def turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them."""
-        # Taken before the wait: after a suspension, what has arrived is read before anything is
-        # called overdue.
+        # Taken before the wait: after the machine was suspended, what has arrived is read before
+        # anything counts as overdue.
         now = time.monotonic()
         try:
             events = self.selector.select(max(0, min(timeout, self.next_sweep - now)))
@@ -1217,8 +1219,9 @@ class RedirectServer(AnyFamilyServer):
     def batches(self, ready: List[RedirectHandler], now: float) -> Iterator[List[RedirectHandler]]:
         """Divide the handlers that are ready into those that take their steps together.
 
-        A client that sends hundreds of requests at once can be sent to all the time.  Of such
-        connections only some are served in a turn, those with the earliest deadlines.
+        The socket of a client that sends hundreds of requests at once is writable nearly all the
+        time.  Only some of those connections are served in a turn: the ones whose deadlines are
+        earliest.
         """
         chosen = [handler for handler in ready if handler.state != WRITING]
         if len(chosen) < len(ready):
@@ -1231,7 +1234,7 @@ class RedirectServer(AnyFamilyServer):
             yield chosen[start : start + self.max_batch]
 
     def sweep(self, now: float) -> None:
-        """Drop connections that are overdue, a few at a time: others do not wait for a crowd."""
+        """Drop overdue connections, a few at a time, so that others do not wait for a crowd."""
         overdue = [handler for handler in self.connections if handler.deadline < now]
         self.next_sweep = now if len(overdue) > self.max_overdue else now + self.sweep_seconds
         for handler in overdue[: self.max_overdue]:
@@ -1310,10 +1313,10 @@ class RedirectServer(AnyFamilyServer):
                 self.handle_error(handler.request, handler.client_address)
                 self.drop(handler)
                 handlers.remove(handler)
-        self.flush_logs()  # batch by batch: a pipe does not take the lines of a flood at once
+        self.flush_logs()  # after each batch: a pipe cannot take all lines of a flood at once
 
     def settle(self, handler: RedirectHandler) -> None:
-        """Close a connection that is done; keep account of another one."""
+        """Close a connection that is done; for any other, update the server's accounts."""
         if handler.state == DONE:
             self.drop(handler)
             return
@@ -1346,7 +1349,7 @@ class RedirectServer(AnyFamilyServer):
                 self.drop(handler)
 
     def drop(self, handler: RedirectHandler) -> None:
-        """Close a connection; its bytes are free at once.  To drop one twice does no harm."""
+        """Close a connection; its bytes are free at once.  Dropping one twice does no harm."""
         handler.state, handler.incoming, handler.outgoing = DONE, b"", b""
         if handler.registered:
             handler.registered = 0
