@@ -1379,7 +1379,7 @@ class RedirectServer(AnyFamilyServer):
 
 
 class Part(NamedTuple):
-    """A part of a recipe: its name and text, and the file that it is ("": it is no file)."""
+    """A part of a recipe: its name, its text, and its file name ("": it is not a file)."""
 
     name: str
     text: str
@@ -1426,7 +1426,7 @@ ARTICLE_STEPS = """\
 IIS_6_STEPS = """\
     On IIS 6.0 (labels not verified) the site is below Web Sites. Before step 18, allow Active
     Server Pages under Web Service Extensions, and make Owaasp an application in the application
-    pool of the {folder} folder, else IIS answers 403.18 (KB 842429).
+    pool of the {folder} folder; otherwise IIS answers 403.18 (KB 842429).
 """
 
 ARTICLE_UNDO = """\
@@ -1436,7 +1436,7 @@ it was not set). Clear what you selected in step 13. Do steps 16 and 17. Delete 
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """Return a text in lines that fit a terminal, with these indents; no name is broken."""
+    """Return a text in lines that fit a terminal, with these indents; no word is broken."""
     lines = textwrap.TextWrapper(
         width=98,
         initial_indent=first,
@@ -1453,7 +1453,7 @@ def bullets(notes: Iterable[str]) -> str:
 
 
 def asp_page(rule: RedirectRule, port: int = 80) -> str:
-    """Return the article's Owahttps.asp for this rule: to the letter, for the default rule.
+    """Return the article's Owahttps.asp for this rule; for the default rule, to the letter.
 
     Raises RuleError where the page cannot express the rule.
     """
@@ -1549,8 +1549,8 @@ def article_recipe(version: int, rule: RedirectRule, port: int) -> List[Part]:
 
 # ---- The stub ------------------------------------------------------------------------
 
-# Only for loopback addresses: anyone can read this key.  The certificate is not a CA: to trust it
-# is to trust it for localhost only.  It was made by:
+# Only for loopback addresses: anyone can read this key.  The certificate is not a CA: trusting it
+# means trusting it for localhost only.  It was made by:
 #   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout - \
 #     -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
 #     -not_before 20000101000000Z -not_after 99991231235959Z \
@@ -1601,7 +1601,7 @@ STUB_PAGE = """\
 """
 
 
-Story = List[Tuple[str, str]]  # what happened: a sentence and its detail each
+Story = List[Tuple[str, str]]  # what happened: sentences, each with its detail
 
 
 class StubHandler(BaseHTTPRequestHandler):
@@ -1646,12 +1646,12 @@ class StubHandler(BaseHTTPRequestHandler):
 
 
 class ThreadingServer(ThreadingMixIn, AnyFamilyServer):
-    """A thread for each connection, as browsers open some that they do not use."""
+    """A thread for each connection, because browsers open some that they do not use."""
 
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a browser that does not trust the certificate breaks off, and asks."""
+        """Say nothing: a browser that does not trust the certificate breaks off to ask its user."""
 
 
 def pem_trouble(error: OSError) -> str:
@@ -1665,7 +1665,7 @@ class StubServer(ThreadingServer):
     """An HTTPS server with this certificate and key, or with the embedded ones on loopback.
 
     story(host) returns what happened before, for the page at this Host; tell(line) hears of each
-    request.  RuleError for a certificate that cannot be used.
+    request.  Raises RuleError for a certificate that cannot be used.
     """
 
     def __init__(
@@ -1692,8 +1692,8 @@ class StubServer(ThreadingServer):
     def use_embedded_certificate(self, host: str) -> None:
         if host != "localhost" and not (is_address(host) and ip_address(host).is_loopback):
             raise RuleError(f"{host!a} is not a loopback address: everybody has the embedded key")
-        # A fine HTTPS site has it.  For a minute only: else who trusts the certificate could not
-        # open the demo's plain HTTP any more.
+        # A good HTTPS site sends it.  Here it lasts only a minute: otherwise a browser that trusts
+        # the certificate could no longer open the demo's plain HTTP.
         self.fields = [("Strict-Transport-Security", "max-age=60")]
         with tempfile.TemporaryDirectory() as folder:  # ssl takes a key only from a file
             name = os.path.join(folder, "stub.pem")
@@ -1710,7 +1710,7 @@ class StubServer(ThreadingServer):
 
 @contextlib.contextmanager
 def running(server: HTTPServer) -> Iterator[Address]:
-    """Serve from a thread; gives the server's address."""
+    """Serve from a thread; the context's value is the server's address."""
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
     )
@@ -1724,12 +1724,12 @@ def running(server: HTTPServer) -> Iterator[Address]:
 
 # ---- The self-test -------------------------------------------------------------------
 
-# Not http.client: it takes a line with a blank before its colon for the end of the head, skips
-# interim answers, and reads without one deadline for all.  This reads as browsers do, what does
-# not belong into an answer is left over, and the check of part two uses it as well.
+# Not http.client: it treats a line with a blank before its colon as the end of the head, skips
+# interim answers, and has no single deadline for a whole answer.  This reads as browsers do, and
+# leaves over what does not belong to an answer.  The check of part two uses it as well.
 
-# As lenient as browsers are: letters in any case, empty lines before it, any version, more blanks,
-# and none after the status.
+# As lenient as browsers are: letters in any case, empty lines before it, any version, more blanks
+# than one, and none after the status.
 STATUS_LINE = re.compile(rb"(?i)[\r\n]{0,4}HTTP/[0-9.]+ +([1-5][0-9][0-9])(?: [^\n]*)?\r?\n")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 
@@ -1740,7 +1740,7 @@ class Response(NamedTuple):
     status: int
     fields: List[Tuple[str, str]]  # names in lower case, values without the blanks around them
     body: bytes
-    complete: bool  # whether the body has come whole; False where only the connection's end tells
+    complete: bool  # whether the body is known to be whole; not if only a close ends it
 
     def values(self, name: str) -> List[str]:
         return [value for key, value in self.fields if key == name]
@@ -1751,7 +1751,7 @@ class Response(NamedTuple):
 
 
 def read_field_lines(lines: List[str]) -> List[Tuple[str, str]]:
-    """Take field lines apart; a folded line goes on with a blank (RFC 9112 section 5.2)."""
+    """Take field lines apart; a fold is replaced with a blank (RFC 9112 section 5.2)."""
     fields: List[Tuple[str, str]] = []
     for line in lines:
         name, colon, value = line.partition(":")
@@ -1772,7 +1772,7 @@ def read_chunks(data: bytes) -> Tuple[bytes, bytes, bool]:
         if not end or not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text):
             return body, b"" if not end else data, False
         size = int(size_text, 16)
-        if size == 0:  # then trailer fields, of which we want none
+        if size == 0:  # trailer fields may follow, which are skipped
             _, end, rest = (b"\n" + rest).partition(b"\n\r\n")
             return body, rest, bool(end)
         body += rest[:size]
@@ -1813,10 +1813,10 @@ def converse(
     enough: Callable[[bytes], bool] = lambda data: False,
     most: int = 64 * 1024,
 ) -> Tuple[bytes, Optional[OSError]]:
-    """Send a request, and receive until it is enough, the other side closes, or the deadline.
+    """Send a request, and receive until enough(data), until the other side closes, or the deadline.
 
-    deadline is a time.monotonic().  Returns what came, at most some more than `most` bytes, and
-    the error that ended it, such as socket.timeout at the deadline.
+    deadline is a value of time.monotonic().  Receives no more after `most` bytes.  Returns what
+    came, and the error that ended it, such as socket.timeout at the deadline.
     """
     data = b""
     try:
@@ -1838,21 +1838,21 @@ def converse(
 
 # ---- The self-test: its cases --------------------------------------------------------
 
-# A case is one request, sent byte for byte, and the answers to it that are right.  Its level says
-# what a failure means, so that no decision of ours is called the fault of another server:
+# A case is one request, sent byte for byte, and the right answers to it.  Its level says what a
+# failure means, so that a server is not blamed for deciding otherwise than we do:
 #
 #   safe   an attack works: a Location leads to the attacker's host, or a byte of the request has
 #          begun a field of the answer
 #   must   a MUST of an RFC is broken; the case names the section
 #   own    the server decides otherwise than we do, where the RFCs leave the choice
 #
-# The attacker's host is evil.example.  No request names it validly, so an answer that leads there
-# is unsafe, whatever its case is about.
+# The attacker's host is evil.example.  No request names it in a valid way, so an answer that leads
+# there is unsafe, whatever its case is about.
 SAFE, MUST, OWN = "safe", "must", "own"
 MAIL = "mail.example.com"
 EVIL = "evil.example"
 GET = "GET / HTTP/1.1"
-# What a MUST asks for can be less than one certain answer.
+# What a MUST asks for can be less than one particular answer.
 REFUSED = "a refusal"  # an error without a Location, or a connection that is closed
 ACCEPTED = "an error other than 400"  # which understands the request, and says no
 CLOSED = "closed"  # without an answer
@@ -1869,7 +1869,7 @@ class Case(NamedTuple):
     reference: str  # the RFC's section, the advisory, or what else the case comes from
     what: str
     request: bytes
-    right: Tuple[str, ...] = ()  # none: every answer that is not unsafe
+    right: Tuple[str, ...] = ()  # if empty, every answer that is not unsafe
     field: str = ""  # a field of the answer ...
     value: Optional[str] = None  # ... and what it must say; None: it must not be there
 
@@ -1881,7 +1881,7 @@ def head_of(line: str, *fields: str, host: str = MAIL, connection: str = "close"
 
 
 def case(level: str, id: str, reference: str, what: str, request: bytes, *right: str) -> Case:
-    """Make a case; without a right answer, every one passes that is not unsafe."""
+    """Make a case; if no right answer is given, every answer that is not unsafe passes."""
     return Case(id, level, reference, what, request, right)
 
 
@@ -1908,8 +1908,8 @@ def host_case(level: str, id: str, reference: str, host: str, *right: str) -> Ca
 def redirect_by(rule: RedirectRule, name: str = MAIL, path: str = "/", kept: bool = False) -> str:
     """Return the right answer to a request for this name and path, as describe() writes it.
 
-    It is put together here, and not by the rule that is under test.  `kept` says that every rule
-    keeps this path.
+    It is put together here, and not by the rule, which is under test.  `kept` says that every
+    rule keeps this path.
     """
     if rule.allow_hosts and name not in rule.allow_hosts:
         return "421"
@@ -1959,7 +1959,7 @@ def host_cases(rule: RedirectRule) -> List[Case]:
     ipv4, ipv6 = redirect_by(rule, "192.0.2.7"), redirect_by(rule, "[2001:db8::1]")
     punycode = redirect_by(rule, "xn--bcher-kva.example")
     in_capitals = head_of(GET).replace(b"Host", b"HOST")
-    # The others name no server; none of them is an allowed name either.
+    # The hosts with these answers are not server names, and so not allowed names either.
     no = ("400", "421") if rule.allow_hosts else ("400",)
     return [
         host_case(OWN, "port", "RFC 9110 7.2", f"{MAIL}:8080", home),
@@ -1991,7 +1991,7 @@ def host_cases(rule: RedirectRule) -> List[Case]:
 def invalid_host_cases() -> List[Case]:
     """Return the cases about Host fields that are not in the grammar.
 
-    Some of them lead to evil.example, where they are put into a Location.
+    Some of them would lead to evil.example if they were put into a Location.
     """
     return [
         host_case(SAFE, "userinfo", "CVE-2026-34835", f"{MAIL}@{EVIL}"),
@@ -2016,7 +2016,7 @@ def invalid_host_cases() -> List[Case]:
         host_case(MUST, "ipv6-without-brackets", "RFC 9112 3.2", "2001:db8::1", "400"),
         host_case(MUST, "ipv6-two-gaps", "RFC 9112 3.2", "[1::2::3]", "400"),
         host_case(MUST, "ipv6-open", "RFC 9112 3.2", "[2001:db8::1", "400"),
-        # A server refuses these three, or puts a space in their place: then Host is invalid.
+        # A server must refuse these three, or put a space in their place: then Host is invalid.
         host_case(MUST, "folded", "RFC 9112 5.2", f"{MAIL}\r\n @{EVIL}", "400"),
         host_case(MUST, "bare-cr", "RFC 9112 2.2", f"{MAIL}\rEvil: 1", REFUSED),
         host_case(MUST, "nul", "RFC 9110 5.5", f"{MAIL}\0.{EVIL}", REFUSED),
@@ -2024,7 +2024,7 @@ def invalid_host_cases() -> List[Case]:
 
 
 def host_line_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about no Host, two of them, and one that is not a whole line."""
+    """Return the cases about a missing Host field, two of them, and a blank beside its name."""
     none = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
     none10 = b"GET / HTTP/1.0\r\n\r\n"
     right10 = redirect_by(rule, rule.host) if rule.host else "400"
@@ -2071,7 +2071,7 @@ def field_cases(rule: RedirectRule) -> List[Case]:
 
 
 def version_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about what does not begin as an HTTP/1.1 request."""
+    """Return the cases about what does not begin like an HTTP/1.1 request."""
     home = redirect_by(rule)
     wrong = ("400", "505")
     http2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -2189,7 +2189,7 @@ def absolute_form_cases(rule: RedirectRule) -> List[Case]:
 
 
 def target_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about request targets that are no paths, and about long heads."""
+    """Return the cases about request targets that are not paths, and about long heads."""
     path = "/" + "a" * 7900
     same = redirect_by(rule, path=path)
     long, too_long = head_of(f"GET {path} HTTP/1.1"), head_of(f"GET /{'a' * 100000} HTTP/1.1")
@@ -2234,7 +2234,7 @@ def path_attack_cases() -> List[Case]:
 
 
 def path_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about a path that is kept: it stays the same, and is a URI's."""
+    """Return the cases about a path that is kept: it stays the same, and is valid in a URI."""
 
     def same(id: str, reference: str, path: str, kept: str = "") -> Case:
         right = redirect_by(rule, path=kept or path)
@@ -2319,7 +2319,7 @@ def option_cases(rule: RedirectRule) -> List[Case]:
     if rule.allow_hosts:
         other = head_of(GET, host="not-allowed.example")
         suffix = head_of(GET, host=f"{EVIL}#.{MAIL}")
-        what = "a name that ends as an allowed one does"
+        what = "a name that ends like an allowed one"
         table += [
             case(OWN, "not-allowed", "RFC 9110 15.5.20", "a name not allowed", other, "421"),
             case(SAFE, "not-allowed-fragment", "CVE-2021-22881", what, suffix),
@@ -2341,7 +2341,7 @@ def option_cases(rule: RedirectRule) -> List[Case]:
 
 
 def cases(rule: RedirectRule, word: str = "") -> List[Case]:
-    """Return the cases that say something about a server with this rule, and have this word."""
+    """Return the cases that apply to a server with this rule, and contain this word."""
     all_cases = [
         *method_cases(rule),
         *host_cases(rule),
@@ -2362,7 +2362,7 @@ def cases(rule: RedirectRule, word: str = "") -> List[Case]:
     return [one for one in all_cases if word in one.id or word in one.what]
 
 
-# ---- The self-test: what has come ----------------------------------------------------
+# ---- The self-test: what came back ---------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -2398,7 +2398,7 @@ def leads_to(location: str) -> str:
 
 
 def attack_in(answer: Response) -> str:
-    """Return how an attack works by this answer, "" where none does."""
+    """Return how this answer makes an attack work, "" if it does not."""
     locations = answer.values("location")
     if answer.values("evil"):
         return "a field that the request has written"
@@ -2431,7 +2431,7 @@ SECURE_URL = re.compile(r"https://([^/]*?)(:[0-9]*)?(/.*)?")
 
 
 def demands_met(answer: Response) -> Set[str]:
-    """Return what this answer does of the things that a MUST can ask for."""
+    """Return which of the things that a MUST can ask for are true of this answer."""
     location = answer.field("location")
     met = set()
     if answer.status >= 200:
@@ -2449,7 +2449,7 @@ def demands_met(answer: Response) -> Set[str]:
 
 
 def judge(case: Case, answers: List[Response], rest: bytes, error: Optional[OSError]) -> Result:
-    """Return what it means that these answers came to a case."""
+    """Return the result of a case that got these answers."""
     expected = " or ".join(case.right) or f"nothing that leads to {EVIL}"
     got = describe(answers, rest, error)
     met = {got}
@@ -2506,7 +2506,7 @@ def try_case(address: Address, case: Case, seconds: float) -> Result:
 def try_cases(
     address: Address, rule: RedirectRule, word: str = "", seconds: float = 3.0
 ) -> List[Result]:
-    """Send the cases that have this word to the server with this rule, eight at a time."""
+    """Send the cases that contain this word to the server with this rule, eight at a time."""
     from concurrent.futures import ThreadPoolExecutor  # not at the top: no other command needs it
 
     with ThreadPoolExecutor(8) as pool:
@@ -2553,7 +2553,7 @@ def try_end_to_end() -> List[Result]:
 
 
 def own_rules(acme_dir: str) -> List[RedirectRule]:
-    """Return the rules that the self-test serves; each case applies to one of them at least."""
+    """Return the rules that the self-test serves; each case applies to at least one of them."""
     every_option = RedirectRule(
         keep_path=True,
         allow_hosts=(MAIL,),
@@ -2567,7 +2567,7 @@ def own_rules(acme_dir: str) -> List[RedirectRule]:
 def try_ourselves(word: str = "") -> List[Result]:
     """Try listener and stub end to end, then the listener with each of our rules.
 
-    A case has one result: its first failure, if there is one with any of the rules.
+    A case has one result: its first failure, if it fails with any of the rules.
     """
     results = [one for one in try_end_to_end() if word in one.id or word in one.what]
     with tempfile.TemporaryDirectory() as folder:
@@ -2588,7 +2588,7 @@ def try_ourselves(word: str = "") -> List[Result]:
 
 
 class BeforeHandler(StubHandler):
-    """Plain HTTP as IIS answers it before the fix."""
+    """Answers plain HTTP as IIS does before the fix."""
 
     status, title = 403, "The page must be viewed over a secure channel"
 
@@ -2618,7 +2618,7 @@ class Demo:
 
     def __init__(self) -> None:
         self.port = 0  # of plain HTTP
-        self.untold: Optional[Answer] = None  # the redirect that the stub's page has not shown
+        self.untold: Optional[Answer] = None  # the last redirect, until the stub's page shows it
 
     def tell_plain(self, method: str, result: Answer) -> None:
         if result.location:
