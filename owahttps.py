@@ -284,7 +284,9 @@ class RedirectRule(RuleFields):
         check_number("https_port", https_port)
         check_number("status", status)
         check_list("allow_hosts", allow_hosts)
-        check_path("health", health or "/health")
+        check_text("health", health)
+        if health:
+            check_path("health", health)
         check_text("acme_dir", acme_dir)
         check_list("api", api)
         for one in api:
@@ -297,7 +299,8 @@ class RedirectRule(RuleFields):
             raise RuleError("health '/' is what people type: it has to redirect")
         if health == path and not keep_path:
             raise RuleError(f"health {health!a} is where every request leads")
-        if "/" in api:
+        api = tuple(one.rstrip("/").lower() for one in api)
+        if "" in api:
             raise RuleError("api '/' would leave nothing to redirect")
         host = host_of_rule(host) if host else ""
         allowed = [host_of_rule(name) for name in allow_hosts]
@@ -313,7 +316,7 @@ class RedirectRule(RuleFields):
             tuple(dict.fromkeys(allowed)),
             health,
             acme_dir,
-            tuple(one.rstrip("/").lower() for one in api),
+            api,
         )
 
     @classmethod
@@ -1437,14 +1440,15 @@ it was not set). Clear what you selected in step 13. Do steps 16 and 17. Delete 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
     """Return a text in lines that fit a terminal, with these indents; no word is broken."""
-    lines = textwrap.TextWrapper(
+    lines = textwrap.fill(
+        text,
         width=98,
         initial_indent=first,
         subsequent_indent=rest,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return lines.fill(text) + "\n"
+    return lines + "\n"
 
 
 def bullets(notes: Iterable[str]) -> str:
@@ -1770,7 +1774,7 @@ def read_chunks(data: bytes) -> Tuple[bytes, bytes, bool]:
         line, end, rest = data.partition(b"\n")
         size_text = line.partition(b";")[0].strip()
         if not end or not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text):
-            return body, b"" if not end else data, False
+            return body, data if end else b"", False
         size = int(size_text, 16)
         if size == 0:  # trailer fields may follow, which are skipped
             _, end, rest = (b"\n" + rest).partition(b"\n\r\n")
@@ -2459,7 +2463,8 @@ def judge(case: Case, answers: List[Response], rest: bytes, error: Optional[OSEr
         met |= demands_met(answers[0])
     passed = not case.right or not met.isdisjoint(case.right)
     if case.field:
-        expected = f"{case.field}: {case.value}" if case.value else f"no {case.field}"
+        wanted = f"{case.field}: {case.value}" if case.value else f"no {case.field}"
+        expected = f"{expected}, {wanted}" if case.right else wanted
         for answer in answers:
             if answer.field(case.field) != case.value:
                 got += f", {case.field}: {answer.field(case.field)}"

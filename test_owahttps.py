@@ -244,6 +244,8 @@ INVALID_RULES = [
     ({"health": "/"}, "health"),
     ({"health": "/exchange"}, "health"),
     ({"api": ("/",)}, "nothing to redirect"),
+    ({"api": ("//",)}, "nothing to redirect"),
+    ({"health": None}, "health None is not text"),
     ({"api": ("a",)}, "api 'a'"),
     ({"api": "/a"}, "api '/a' is not a list"),
     ({"acme_dir": 5}, "acme_dir 5"),
