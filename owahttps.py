@@ -260,7 +260,7 @@ class RedirectRule(RuleFields):
     health       a path that answers 200 ("": none)
     acme_dir     a folder of ACME http-01 token files, which are served ("": none)
     api          paths below which the answer is 403: a client of an API would follow a
-                 redirect each time, and send its secret in clear each time
+                 redirect each time, and send its secret in the clear each time
 
     RuleError says in one line why a rule is invalid.
     """
@@ -399,7 +399,7 @@ LOOP = (
     "redirect loop: a proxy says that this request came over HTTPS; "
     "forward HTTPS to the application, and only plain HTTP to this redirect"
 )
-API = "this API is HTTPS only: any secret in this request was sent in clear"
+API = "this API is HTTPS only: any secret in this request was sent in the clear"
 ACME_PREFIX = "/.well-known/acme-challenge/"
 
 # RFC 9110 section 5.6.2: token = 1*tchar.  No method in use has more than 20 characters.
@@ -529,7 +529,7 @@ def has_body(fields: Dict[str, str]) -> bool:
 
 
 def is_loop(fields: Dict[str, str]) -> bool:
-    """Return whether a proxy says that it has ended TLS: a redirect would come back here."""
+    """Return whether a proxy says that it has terminated TLS: a redirect would come back here."""
     if LOOP_SIGNS.keys().isdisjoint(fields):
         return False
     return any(sign.match(fields.get(name, "")) for name, sign in LOOP_SIGNS.items())
@@ -1512,9 +1512,9 @@ def article_notes(version: int, rule: RedirectRule, port: int) -> str:
             "SERVER_NAME is what the user typed. A certificate may not name it: see --host."
         )
     notes += [
-        f"Deep links are lost: everybody lands on {rule.path}. A posted form has crossed in clear.",
+        f"Deep links are lost: everyone lands on {rule.path}. A posted form was sent in the clear.",
         f"http://{rule.host or 'HOST'}/ itself is not redirected: Q319878 does that.",
-        "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
+        "Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.",
         "Exchange copies settings from Active Directory (KB 294280): test again after 15 minutes.",
     ]
     if version == 2003:
@@ -1934,8 +1934,8 @@ def method_cases(rule: RedirectRule) -> List[Case]:
     expect = ("Expect: 100-continue", "Content-Length: 9")
     put = head_of("PUT / HTTP/1.1", *expect)
     put_10 = head_of("PUT / HTTP/1.0", *expect) + b"123456789"
-    what = "no 100 that invites the body, which is in clear"
-    hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in clear", get)
+    what = "no 100 that invites the body, which is in the clear"
+    hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in the clear", get)
     # Browsers keep a permanent redirect that is wrong, until its lifetime ends.
     day = case(OWN, "permanent-for-a-day", "browsers", "a lifetime of a day", get, home)
     lifetime = "max-age=86400" if rule.status in (301, 308) else None
@@ -2185,7 +2185,7 @@ def absolute_form_cases(rule: RedirectRule) -> List[Case]:
         get_case(OWN, "absolute-form-path", "RFC 9112 3.2.2", f"HTTP://{MAIL}/a?b", path),
         get_case(OWN, "absolute-form-root", "RFC 9110 4.2.3", f"http://{MAIL}", home),
         get_case(OWN, "absolute-form-refused", "RFC 9110 4.2.4", user, "400"),
-        # A proxy has ended TLS, and the browser has asked for this URI: a redirect would loop.
+        # A proxy has terminated TLS, and the browser has asked for this URI: a redirect would loop.
         get_case(OWN, "absolute-form-https", "RFC 9110 7.4", f"https://{MAIL}/", "421"),
         get_case(OWN, "absolute-form-ftp", "RFC 9112 3.2.2", f"ftp://{MAIL}/", "400"),
         get_case(SAFE, "absolute-form-no-host", "RFC 9110 4.2.1", f"http:///{EVIL}/"),
@@ -2770,13 +2770,13 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
             "Microsoft's own procedure is another: it redirects the existing site, and takes that"
             " back in each virtual directory. Here no setting of Exchange changes, so no update"
             " undoes it.",
-            "Not for a name that programs still ask for in clear: the server's own FQDN (the"
+            "Not for a name that programs still ask for in the clear: the server's own FQDN (the"
             " Exchange Management Shell opens http://FQDN/PowerShell), or the OAB's InternalUrl of"
             " 2007 and 2010.",
         ]
     notes += [
         "Click the steps or run owahttps.cmd, not both. Neither has been tested on Windows.",
-        "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
+        "Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.",
         "The role service HTTP Redirection must be installed: in PowerShell,"
         " Install-WindowsFeature Web-Http-Redirect.",
         "Names that are not listed, and addresses, stay where they are.",
@@ -2889,7 +2889,7 @@ PROXY_FIELDS = {
 
 # Comments that several configurations have.
 LOOPS = "# A proxy that already speaks HTTPS: a redirect would loop."
-NO_REDIRECT = "# No redirect: a client of an API would send its secret in clear each time."
+NO_REDIRECT = "# No redirect: a client of an API would send its secret in the clear each time."
 LAYOUTS = "# TOKEN in the folder, or .well-known/acme-challenge/TOKEN as of certbot --webroot."
 A_DAY = "# Otherwise browsers keep it for ever, even if it was wrong."
 
@@ -3335,9 +3335,9 @@ FINDINGS = {
         "response.multiple_headers": "{url} sends several HSTS fields: browsers take the first one",
         "hsts-implemented-max-age-less-than-six-months": "{url} sends HSTS of {age} s, less than "
         "15552000 (180 days)",
-        "redirects.http.useless_header": "{url} sends HSTS in clear, where browsers ignore it",
-        "cookie-over-http": "{url} sets a cookie in clear: anybody on the way reads it",
-        "cookie-without-secure": "{url} sets a cookie without Secure: it goes in clear too",
+        "redirects.http.useless_header": "{url} sends HSTS in the clear, where browsers ignore it",
+        "cookie-over-http": "{url} sets a cookie in the clear: anybody on the way reads it",
+        "cookie-without-secure": "{url} sets a cookie without Secure: it goes in the clear too",
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
@@ -3354,7 +3354,7 @@ FINDINGS = {
         "domain.tls.cannot_connect": "no HTTPS at {url} ({error}): start it, or lead elsewhere",
         "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older: turn TLS 1.2 on",
         "https-misdirected": "{url} answers 421: it does not serve this name (see SNI)",
-        "redirection-missing": "{url} answers {status} in clear: redirect it to https",
+        "redirection-missing": "{url} answers {status} in the clear: redirect it to https",
         "iis-403.4": "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 "
         "(Custom Errors, 403;4) are not done",
         "iis-asp-port-test": "{url} answers an empty 200, as Owahttps.asp does on a port that it "
@@ -3364,10 +3364,10 @@ FINDINGS = {
         "redirection-not-to-https": "{url} ends at {location}: it must end on https",
         "redirects.insecure.initial": "{url} leads to plain HTTP, {location}",
         "redirects.insecure.subsequent": "{url} leads back to plain HTTP, {location}",
-        "redirect-loop": "{url} is redirected without end. Behind a load balancer that ends TLS, "
-        "redirect there and not on the server",
-        "proxy-loop": "{url} answers owahttps's 421: the proxy that ends TLS sends HTTPS traffic "
-        "to the redirect. Send it to the application",
+        "redirect-loop": "{url} is redirected without end. Behind a load balancer that terminates "
+        "TLS, redirect there and not on the server",
+        "proxy-loop": "{url} answers owahttps's 421: the proxy that terminates TLS sends HTTPS "
+        "traffic to the redirect. Send it to the application",
         "location-invalid": "{url} answers {status}, and its Location leads nowhere ({location})",
         "location-keeps-plain-port": "{url} keeps the plain port in {location}: drop it",
         "rule-mismatch": "{url} answers {status} {location}, not {expected}",
@@ -3644,7 +3644,7 @@ def final_response(data: bytes) -> Optional[Response]:
 
 
 def plain_fault(response: Response) -> str:
-    """Return the id of the finding that a page in clear is."""
+    """Return the id of the finding that a page in the clear is."""
     # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
     # bare 403, and the number is shown only on the server.
     iis = "IIS" in (response.field("server") or "")

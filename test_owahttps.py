@@ -2612,7 +2612,7 @@ def test_our_demo_of_403_4():
     assert code == 2 and "iis-403.4" in out and "steps 5-10 of Q279681" in out
 
 
-MISSING_TEXT = "http://localhost:PLAIN/ answers 200 in clear: redirect it to https"
+MISSING_TEXT = "http://localhost:PLAIN/ answers 200 in the clear: redirect it to https"
 QUIET_TEXT = f"""\
 critical  localhost:PLAIN: {MISSING_TEXT}
   critical  redirection-missing  {MISSING_TEXT}
