@@ -1726,6 +1726,7 @@ def running(server: HTTPServer) -> Iterator[Address]:
         yield server.server_address[:2]  # type: ignore[misc]
     finally:
         server.shutdown()
+        thread.join()  # serve_forever() may not even have begun
         server.server_close()
 
 
