@@ -101,7 +101,10 @@ def process(*argv, shell="", **settings):
     finally:
         if child.poll() is None:
             child.kill()
-        child.communicate()
+        child.wait()
+        for stream in (child.stdout, child.stderr):
+            if stream:
+                stream.close()
 
 
 def free_port():
