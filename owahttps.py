@@ -299,6 +299,8 @@ class RedirectRule(RuleFields):
             raise RuleError("health '/' is what people type: it has to redirect")
         if health == path and not keep_path:
             raise RuleError(f"health {health!a} is where every request leads")
+        if any("//" in one for one in (health, *api)):  # servers merge slashes, each in its own way
+            raise RuleError("health and api take no '//'")
         api = tuple(one.rstrip("/").lower() for one in api)
         if "" in api:
             raise RuleError("api '/' would leave nothing to redirect")
@@ -3019,7 +3021,9 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "    # THE_REQUEST is as it came, never decoded. Apache appends the query."
     yield f'    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({kept}[^? ]*)" [NC]'
     yield f"    RewriteRule ^ {origin}%1 [NE,L,R={rule.status}]"
-    if not rule.keep_path:
+    if rule.keep_path:  # "GET http://a.example" has no path
+        yield f"    RewriteRule ^ {origin}/ [L,R={rule.status}]"
+    else:
         yield f"    RewriteRule ^ {origin}{rule.path} [QSD,L,R={rule.status}]"
     yield "</VirtualHost>"
 
@@ -3183,8 +3187,11 @@ WantedBy=multi-user.target
 
 
 def systemd_lines(rule: RedirectRule, port: int) -> Iterator[str]:
-    if rule.acme_dir.startswith(("/home/", "/root/", "/tmp/")):
-        raise RuleError(f"--acme-dir {rule.acme_dir}: the unit has a private /home, /root and /tmp")
+    for hidden in ("/home", "/root", "/tmp", "/var/tmp", "/run/user"):
+        if f"{os.path.abspath(rule.acme_dir)}/".startswith(f"{hidden}/"):
+            raise RuleError(
+                f"systemd cannot do --acme-dir {rule.acme_dir}: the unit hides {hidden}"
+            )
     spare = 64
     yield SYSTEMD_UNIT.format(
         port=port,
@@ -4672,6 +4679,12 @@ def print_parts(parts: List[Part]) -> None:
     print(text, end="")
 
 
+def read_file(path: str) -> bytes:
+    """Return what is in a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def write_parts(folder: str, parts: List[Part]) -> None:
     """Write the parts into files: all, or none if one exists with other content."""
     if not os.path.isdir(folder):
@@ -4687,13 +4700,19 @@ def write_parts(folder: str, parts: List[Part]) -> None:
         data = text.replace("\n", newline).encode("ascii")
         if not os.path.lexists(path):
             missing[path] = data
-            continue
-        with open(path, "rb") as file:
-            if file.read() != data:
-                raise OSError(f"{path} exists with other content: nothing was written")
-    for path, data in missing.items():
-        with open(path, "xb") as file:
-            file.write(data)
+        elif not (os.path.isfile(path) and read_file(path) == data):
+            raise OSError(f"{path} exists with other content: nothing was written")
+    written = []
+    try:
+        for path, data in missing.items():
+            with open(path, "xb") as file:
+                written.append(path)
+                file.write(data)
+    except OSError:  # a full disk, say: all or none
+        for path in written:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        raise
     for name in texts:
         print(name)  # without the folder, whose name may be beyond a code page
 

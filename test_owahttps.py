@@ -247,11 +247,13 @@ INVALID_RULES = [
     ({"health": "/"}, "health"),
     ({"health": "/exchange"}, "health"),
     ({"api": ("/",)}, "nothing to redirect"),
-    ({"api": ("//",)}, "nothing to redirect"),
+    ({"api": ("//",)}, "'//'"),
     ({"health": None}, "health None is not text"),
     ({"api": ("a",)}, "api 'a'"),
     ({"api": "/a"}, "api '/a' is not a list"),
     ({"acme_dir": 5}, "acme_dir 5"),
+    ({"api": ("/a//b",)}, "'//'"),
+    ({"health": "/a//b"}, "'//'"),
 ]
 
 
@@ -1763,6 +1765,22 @@ def test_write(tmp_path):
     assert "exists with other content" in err and list(tmp_path.iterdir()) == [page]
     err = run("generate", "nginx", *words[1:])[2]
     assert "/etc/nginx/conf.d/owahttps.conf, then: nginx -t" in err
+
+
+def test_write_that_fails_half_way(tmp_path, monkeypatch):
+    """A full disk must never leave half a recipe, nor cost a file that came between."""
+    other, real = tmp_path / "owahttps-undo.cmd", open
+
+    def open_(path, mode="r", **settings):
+        if str(path) == str(other) and "x" in mode:
+            with real(str(other), "w") as file:
+                file.write("somebody else's")
+        return real(path, mode, **settings)
+
+    monkeypatch.setattr("builtins.open", open_)
+    assert run("generate", "exchange", "--host", "a.example", "--write", str(tmp_path))[0] == 1
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [other] and other.read_text() == "somebody else's"
 
 
 def test_a_script_that_is_redirected_has_windows_line_ends():
