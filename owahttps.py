@@ -2408,6 +2408,17 @@ def attack_in(answer: Response) -> str:
     return ""
 
 
+def no_response(data: bytes) -> str:
+    """Return why read_response() finds no response in these bytes, and how they begin."""
+    if not STATUS_LINE.match(data):
+        fault = "not HTTP/1"
+    elif END_OF_HEAD.search(data):
+        fault = "a NUL in the head"
+    else:
+        fault = "a head without its end"
+    return f"{fault}: {data[:40].decode('latin-1')}"
+
+
 def describe(answers: List[Response], rest: bytes, error: Optional[OSError] = None) -> str:
     """Return what came: "STATUS Location" for each answer, and what does not belong there."""
     texts = []
@@ -2416,7 +2427,7 @@ def describe(answers: List[Response], rest: bytes, error: Optional[OSError] = No
         framed = answer.values("content-length") + answer.values("transfer-encoding")
         texts.append(f"{text} (cut off)" if framed and not answer.complete else text)
     if rest:
-        texts.append(f"no HTTP/1: {rest[:40]!a}")
+        texts.append(no_response(rest))
     if not texts:
         texts.append("no answer in time" if isinstance(error, socket.timeout) else CLOSED)
     return ", ".join(texts)
@@ -2495,7 +2506,7 @@ def try_case(address: Address, case: Case, seconds: float) -> Result:
             if not error:
                 data += converse(sock, b"", time.monotonic() + LINGER)[0]
     except OSError as refused:  # that says nothing about the case
-        got = f"no connection: {refused}"
+        got = f"no connection: {refused.strerror or refused}"
         return Result(case.id, OWN, case.reference, case.what, "a connection", got, False)
     return judge(case, *read_answers(data, head_only), error)
 
@@ -4732,10 +4743,15 @@ def add_selftest_arguments(parser: Any) -> None:
 
 def address_of(url: str) -> Address:
     """Return the host and port of an http URL, or of "host[:port]"."""
-    scheme, slashes, authority = url.rpartition("://")
+    scheme, slashes, rest = url.partition("://")
     if slashes and scheme.lower() != "http":
         raise RuleError(f"--against {url!a} is not an http URL: the cases go to plain HTTP")
-    name, port = split_authority(authority.rstrip("/"))
+    authority = (rest if slashes else url).rstrip("/")
+    if not authority:
+        raise RuleError(f"--against {url!a} names no host")
+    if "/" in authority:
+        raise RuleError(f"--against takes no path: {url!a}")
+    name, port = split_authority(authority)
     return name.strip("[]"), port or 80
 
 
@@ -4755,19 +4771,26 @@ def print_results(results: List[Result], quiet: bool) -> None:
     for one in results:
         if one.passed and not quiet:
             print_verdict("ok", f"{one.id}: {log_escape(one.what, 80)}")
+    noun = "case" if len(results) == 1 else "cases"
     print(
-        f"{len(results)} cases: {counts[SAFE]} unsafe, {counts[MUST]} against a MUST, "
+        f"{len(results)} {noun}: {counts[SAFE]} unsafe, {counts[MUST]} against a MUST, "
         f"{counts[OWN]} otherwise than decided"
     )
 
 
 def try_against(url: str, rule: RedirectRule, word: str) -> List[Result]:
-    """Return the results at another server; OSError where none answers."""
+    """Return the results at another server; OSError where it does not serve this rule.
+
+    Otherwise nearly every case would fail, and say nothing, or wait for a silent server.
+    """
     address = address_of(url)
-    try:
-        socket.create_connection(address, 5).close()
-    except OSError as error:
-        raise OSError(f"{url} gives no answer: {error.strerror or error}") from None
+    plain = next(case for case in cases(rule) if case.id == "get")
+    first = try_case(address, plain, 3)
+    if not first.passed:
+        raise OSError(
+            f"{url}: a plain GET got {log_escape(first.got, 200)}, and this rule wants "
+            f"{plain.right[0]}: start that server, or correct the rule options"
+        )
     return try_cases(address, rule, word)
 
 

@@ -2839,7 +2839,7 @@ class Fixed(Echo):
     [
         (Echo, ["--keep-path", "-k", "host"], {"safe", "must", "own"}, 1),
         (Fixed, ["--host", "mail.example.com", "-k", "host"], {"must", "own"}, 1),
-        (RedirectHandler, ["--status", "308"], {"own"}, 0),
+        (RedirectHandler, ["--health", "/up"], {"own"}, 0),
         (RedirectHandler, [], set(), 0),
     ],
     ids=["safe", "must", "own", "none"],
@@ -2855,6 +2855,28 @@ def test_each_level_has_a_server_that_fails_it(handler, options, levels, code):
     keys = {"id", "level", "reference", "what", "expected", "got", "passed"}
     assert all(set(one) == keys for one in results)
     assert ({one["level"] for one in results if not one["passed"]}, done) == (levels, code)
+
+
+OTHER_RULES = [
+    (to("https://mail.example.com/exchange", status="302 Found"), "--status 308", "got 302 https"),
+    (says("200 OK", body="hi"), "", "got 200, and this rule wants 302 https://mail"),
+    (says("200 OK", "X: \0"), "", r"got a NUL in the head: HTTP/1.1 200 OK\x0D\x0AX: \x00"),
+    (b"", "", "got closed"),
+    (script(b""), "", "got no answer in time"),
+]
+
+
+@pytest.mark.parametrize("answer, options, says", OTHER_RULES, ids=lambda value: str(value)[:20])
+def test_a_server_of_another_rule_is_one_error(answer, options, says):
+    """Not 200 failures that say nothing, nor a minute of them where no answer comes."""
+    start = time.monotonic()
+    with contextlib.closing(Canned()) as server:
+        server.start(answer)
+        url = f"http://127.0.0.1:{server.port}"
+        code, out, err = run("selftest", "--against", url, *options.split())
+        assert len(server.requests) == 1
+    assert (code, out) == (1, "") and says in err and "rule options" in err
+    assert re.fullmatch(f"owahttps: error: {url}: [ -~]+\n", err) and time.monotonic() - start < 5
 
 
 def test_failures_come_first_and_the_worst_of_them_at_the_top():
@@ -2878,6 +2900,7 @@ def test_selftest_lists_and_picks():
     assert out == "own  health: a health check (RFC 9110 15.3.1)\n"
     _, out, _ = run("selftest", "-k", "step-18")
     assert out.startswith("ok ") and "\n2 cases: 0 unsafe" in out
+    assert "\n1 case: 0 unsafe" in run("selftest", "-k", "step-18-https")[1]
     assert run("selftest", "-k", "no case has this")[0] == 2
     assert run("selftest", "--against", "https://mail.test")[0] == 2
 
@@ -2888,7 +2911,7 @@ def test_selftest_against_a_server_that_drips():
     server.start(script(b"HTTP/1.1 3", b"x"))
     start = time.monotonic()
     results = owahttps.try_cases(("127.0.0.1", server.port), RedirectRule(), "HEAD", seconds=0.2)
-    assert time.monotonic() - start < 3 and all("no HTTP/1" in one.got for one in results)
+    assert time.monotonic() - start < 3 and all("not HTTP/1" in one.got for one in results)
     server.close()
 
 
@@ -2997,6 +3020,7 @@ def test_where_a_location_leads(location, host):
 MOVED = b"HTTP/1.1 302 Found\r\nLocation: a\r\n"
 WRITTEN = "302 a (a field that the request has written)"
 CR = "302 a a\rb (a CR, which ends a line for some clients)"
+NUL = "a NUL in the head: HTTP/1.0 301 A\r\nB: \0\r\n\r\n"
 LEADS = "302 a //evil.example. (leads to evil.example)"
 
 
@@ -3006,10 +3030,12 @@ LEADS = "302 a //evil.example. (leads to evil.example)"
         (MOVED + b"Content-Length: 2\r\n\r\nhi", "own", "302 a"),
         (MOVED + b"\r\nhi", "own", "302 a"),
         (MOVED + b"Content-Length: 3\r\n\r\nhi", "own", "302 a (cut off)"),
-        (MOVED + b"Content-Length: 0\r\n\r\nhi", "own", "302 a, no HTTP/1: b'hi'"),
+        (MOVED + b"Content-Length: 0\r\n\r\nhi", "own", "302 a, not HTTP/1: hi"),
         (MOVED + b"Location: b\r\n\r\n", "own", "302 a b"),
         (b"HTTP/1.1 100 Continue\r\n\r\n" + MOVED + b"\r\n", "own", "100, 302 a"),
-        (b"<h1>no</h1>", "own", "no HTTP/1: b'<h1>no</h1>'"),
+        (b"<h1>no</h1>", "own", "not HTTP/1: <h1>no</h1>"),
+        (b"HTTP/1.0 301 A\r\nB: \0\r\n\r\n", "own", NUL),
+        (MOVED[:29], "own", "a head without its end: HTTP/1.1 302 Found\r\nLocation:"),
         (b"", "own", "closed"),
         # An attack that works is unsafe, whatever the case is about.
         (MOVED + b"Evil: 1\r\n\r\n", "safe", WRITTEN),
@@ -3156,7 +3182,10 @@ ERRORS = {  # a command line: (exit code, what the one line on standard error sa
     "--quiet serve": (2, "--quiet"),
     "selftest --path /x": (2, "--against"),
     "selftest --against a..b": (2, "a..b"),
-    "selftest --against http://127.0.0.1:1": (1, "127.0.0.1:1"),
+    "selftest --against http://127.0.0.1:1": (1, "127.0.0.1:1: a plain GET got no connection"),
+    "selftest --against http://h/foo": (2, "--against takes no path"),
+    "selftest --against h/http://x": (2, "--against"),
+    "selftest --against http://": (2, "'http://' names no host"),
     "demo --path /a --keep-path": (2, "--keep-path"),
     "demo --key k": (2, "--key"),
     "demo --cert /no/such": (2, "/no/such"),
