@@ -3319,7 +3319,7 @@ FINDINGS = {
         "host-reflected": "{url} puts a forged Host into its Location: a cache would keep it",
     },
     "warning": {
-        "redirects.http.does_not_exist": "nothing answers at {url} ({error}), but HTTPS does; "
+        "redirects.http.does_not_exist": "nothing answers at {url} {why}, but HTTPS does; "
         "if that is meant: --ignore redirects.http.does_not_exist",
         "redirection-by-refresh": "{url} answers {status} with a refresh to {location}: "
         "send a redirect, which every client follows",
@@ -3341,24 +3341,26 @@ FINDINGS = {
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
-        "host-unknown": "{url} has no address to ask: {error}",
-        "address-unreachable": "no way to {url} from this machine ({error}): try -4 or -6",
+        "host-unknown": "{url} does not resolve {why}",
+        "address-of-other-family": "{url} has no {family} address ({option})",
+        "address-unreachable": "this machine cannot reach {url} {why}: try -4 or -6",
         "no-authorities": "this machine has no certificate authorities, so the certificate of "
         "{url} cannot be judged: install ca-certificates here, or give --ca-file",
         "https-only-http2": "HTTPS at {url} speaks only HTTP/2, which owahttps does not",
         "cut-short": "the check of {url} ended after {seconds} s: not everything was asked",
     },
     "critical": {
-        "http-no-answer": "{url} gives no answer: {error}",
+        "nothing-answers": "neither {url} nor {secure} answers {why}: is that host up?",
+        "http-no-answer": "{url} gave no answer {why}: look at its server",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
-        "domain.tls.cannot_connect": "no HTTPS at {url} ({error}): start it, or lead elsewhere",
+        "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or lead elsewhere",
         "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older: turn TLS 1.2 on",
         "https-misdirected": "{url} answers 421: it does not serve this name (see SNI)",
         "redirection-missing": "{url} answers {status} in clear: redirect it to https",
         "iis-403.4": "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 "
         "(Custom Errors, 403;4) are not done",
         "iis-asp-port-test": "{url} answers an empty 200, as Owahttps.asp does on a port that it "
-        "does not test: see owahttps.py generate --http-port",
+        "does not test: see owahttps.py generate --port",
         "redirection-not-to-https-on-initial-redirection": "{url} first leads to {location}: "
         "lead to https at once",
         "redirection-not-to-https": "{url} ends at {location}: it must end on https",
@@ -3388,6 +3390,7 @@ EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitor
 MAX_HOPS = 20  # of one redirect: Chromium's limit too
 MAX_ANSWER = 256 * 1024  # bytes that are read of one response: Chromium's limit for a head
 MAX_COOKIES = 50
+MAX_PRINTED_HOPS = 16  # a site that keeps paths, with two addresses, has 14
 TARGET_TIME_OUTS = 6  # a target may take as long as so many time-outs, whatever happens
 DAY = 86400
 HALF_YEAR = 180 * DAY  # as MDN and testssl.sh count it
@@ -3454,12 +3457,17 @@ class Report(NamedTuple):
     findings: List[Finding]  # the worst ones first
 
     def headline(self) -> str:
-        """Return the worst finding, and how many more there are that need someone."""
-        bad = [one for one in self.findings if one.severity in ALARMS]
-        fine = [one for one in self.findings if one.severity == "ok"]
-        first = (bad or fine or self.findings)[0]
-        more = f" (+{len(bad) - 1} more)" if len(bad) > 1 else ""
-        return first.text + more
+        """Return the worst finding, how many more need attention, and which are ignored."""
+        ignored = [one.id for one in self.findings if one.severity == "ignored"]
+        counted = [one for one in self.findings if one.severity != "ignored"]
+        bad = [one for one in counted if one.severity in ALARMS]
+        fine = [one for one in counted if one.severity == "ok"]
+        text = (bad or fine or counted)[0].text if counted else "nothing else was found"
+        if len(bad) > 1:
+            text += f" (+{len(bad) - 1} more)"
+        if ignored:
+            text += f" ({len(ignored)} ignored: {', '.join(ignored)})"
+        return text
 
 
 # ---- The check: URLs as browsers read them -------------------------------------------
@@ -3536,6 +3544,8 @@ def read_target(text: str) -> Tuple[Url, Url]:
     url = text if "://" in text else "http://" + text
     if re.search(r"[\x00-\x20\x7f]", url):
         raise ValueError(f"{text[:300]!a} has a blank or a control character")
+    if url.rpartition("://")[2].strip("/\\") == "":
+        raise ValueError(f"{text[:300]!a} names no host")
     if re.match(r"\w+://[^/?#\\]*@", url):
         raise ValueError(f"{text[:300]!a} has userinfo")
     latin = url.encode("utf-8", "surrogateescape").decode("latin-1")
@@ -3783,12 +3793,12 @@ def has_no_way(error: Exception) -> bool:
     return type(error) in (OSError, PermissionError) and getattr(error, "errno", 0) in NO_WAY
 
 
-def cause_of(error: Exception) -> str:
-    """Return why something failed, for a sentence."""
-    if isinstance(error, TIME_OUT):
-        return "no answer in time"
+def cause_of(error: Exception, seconds: float) -> str:
+    """Return why something failed, for the end of a clause; `seconds` is its time-out."""
     text = getattr(error, "strerror", "") or str(error)
-    return re.sub(r"^\[SSL[^]]*\] | \(_ssl\.c:[0-9]+\)$", "", text)
+    if isinstance(error, TIME_OUT) and not error.errno:
+        return f"within {seconds:g} s"
+    return "(" + re.sub(r"^\[SSL[^]]*\] | \(_ssl\.c:[0-9]+\)$", "", text) + ")"
 
 
 def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
@@ -4047,7 +4057,14 @@ class Visit:
         elif url.scheme == "https":
             id = self.tls_fault(url, error) or id
         place = url if id == "http-no-answer" else url.origin()
-        self.found(id, place, error=cause_of(error))
+        self.found(id, place, why=cause_of(error, self.site.seconds))
+
+    def add_hop(self, url: Url, response: Optional[Response], start: float) -> None:
+        """Note a request that began at start, or a connection that was not accepted."""
+        milliseconds = int(1000 * (time.monotonic() - start))
+        status = response.status if response else 0
+        location = log_escape((response and response.field("location")) or "", 2000)
+        self.site.hops.append(Hop(str(url)[:2000], status, location, milliseconds, self.asked))
 
     def ask(self, url: Url, cookies: str = "") -> Optional[Response]:
         """Return the answer to url, asked for once; None, and a finding, if there is none."""
@@ -4067,10 +4084,7 @@ class Visit:
                 self.failed("http-no-answer", url, error)
             except ValueError:
                 self.found("http-garbled", url)
-        milliseconds = int(1000 * (time.monotonic() - start))
-        status = response.status if response else 0
-        location = log_escape((response and response.field("location")) or "", 2000)
-        self.site.hops.append(Hop(str(url)[:2000], status, location, milliseconds, self.asked))
+        self.add_hop(url, response, start)
         self.answers[key] = response
         if response:
             self.judge_fields(url, response)
@@ -4249,9 +4263,11 @@ class Visit:
 
     def knock(self, url: Url) -> Optional[OSError]:
         """Return why a port takes no connection, or None."""
+        start = time.monotonic()
         try:
             self.connect(url).close()
         except OSError as error:
+            self.add_hop(url, None, start)
             if isinstance(error, TIME_OUT):
                 self.silent[url.origin()] = error
             return error
@@ -4271,7 +4287,7 @@ class Visit:
                 return error if isinstance(error, ConnectionError) else secure_error
             meant = self.speaks_tls(secure) and not self.site.expected
             id = "redirects.http.does_not_exist" if meant else "http-no-answer"
-            self.found(id, plain, error=cause_of(error))
+            self.found(id, plain, why=cause_of(error, self.site.seconds))
             self.follow(secure)
         self.judge_hsts()
         return None
@@ -4284,22 +4300,33 @@ def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address
     is there, it is as likely this machine that has no way to it.
     """
     host = address[0]
+    secure, why = site.secure.origin(), cause_of(error, site.seconds)
     family = [one for one in alive if (":" in one[0]) == (":" in host)]
     refused = isinstance(error, ConnectionError)
     if has_no_way(error) or (alive and not family and not refused):
-        site.found("address-unreachable", host, error=cause_of(error))
+        site.found("address-unreachable", host, why=why)
     else:
-        site.found("http-no-answer", site.plain, host, error=cause_of(error))
-        site.found("domain.tls.cannot_connect", site.secure.origin(), host, error=cause_of(error))
+        site.found("nothing-answers", site.plain.origin(), host, secure=secure, why=why)
+
+
+def judge_unresolved(site: Site, server: Url, family: int, error: OSError) -> None:
+    """Judge why there is no address: the name may have one of the other family."""
+    if family and not isinstance(error, TIME_OUT):
+        with contextlib.suppress(OSError):
+            look_up(server.name, server.port, 0, site.seconds)
+            names = ("IPv4", "-4") if family == socket.AF_INET else ("IPv6", "-6")
+            site.found("address-of-other-family", server.name, family=names[0], option=names[1])
+            return
+    site.found("host-unknown", server.name, why=cause_of(error, site.seconds))
 
 
 def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
     """Visit all addresses of a site, or of the host to connect to."""
-    ask = connect or site.plain
+    server = connect or site.plain
     try:
-        site.addresses = look_up(ask.name, ask.port, family, site.seconds)
+        site.addresses = look_up(server.name, server.port, family, site.seconds)
     except OSError as error:
-        site.found("host-unknown", ask.name, error=cause_of(error))
+        judge_unresolved(site, server, family, error)
         return
     failures: Dict[Address, Optional[OSError]] = {}
     for address in site.addresses:
@@ -4310,6 +4337,15 @@ def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
     for address, failure in failures.items():
         if failure:
             judge_dead(site, address, failure, alive)
+
+
+def check_ignored(ids: Sequence[str]) -> None:
+    """Raise ValueError unless these are ids of findings."""
+    if isinstance(ids, str):
+        raise ValueError(f"ignore={ids!a} is one string: give a list of ids")
+    for id in ids:
+        if id not in SEVERITY_OF:
+            raise ValueError(f"there is no finding {id!a} to ignore: see check --list")
 
 
 def check(
@@ -4332,9 +4368,10 @@ def check(
     seconds   for each request; a target takes at most six times as long
     ignore    ids of FINDINGS that do not count
 
-    Raises RuleError for an invalid rule, ValueError for an invalid `connect`, and OSError for
-    a trust that cannot be read; never for the target or for what a server does.
+    Raises RuleError for an invalid rule, ValueError for an invalid `connect` or `ignore`, and
+    OSError for a trust that cannot be read; never for the target or for what a server does.
     """
+    check_ignored(ignore)
     try:
         plain, secure = read_target(target)
     except ValueError as error:  # one target that is nonsense does not stop the others
@@ -4886,20 +4923,32 @@ def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
                 future.cancel()
 
 
-def print_report(report: Report, quiet: bool) -> None:
-    """Print a report for a person.  Its first line is enough for a pager."""
-    if quiet and report.severity == "ok":
-        return
-    headline = f"{shown_target(report.target)}: {report.headline()}"
-    print_folded(0, report.severity, headline.replace("|", "\\x7C"))
-    several = len({hop.address for hop in report.hops}) > 1
-    for hop in () if quiet else report.hops:
+def print_hops(hops: List[Hop]) -> None:
+    """Print the requests; an endless redirect has too many of them."""
+    several = len({hop.address for hop in hops}) > 1
+    for hop in hops[:MAX_PRINTED_HOPS]:
         arrow = f" -> {hop.location}" if hop.location else ""
         where = f"  [{hop.address}]" if several and hop.address else ""
         print(f"  {hop.milliseconds:4} ms  {hop.status or '-':>3}  {hop.url}{arrow}{where}")
+    if len(hops) > MAX_PRINTED_HOPS:
+        print(f"  and {len(hops) - MAX_PRINTED_HOPS} more requests, which --json has")
+
+
+def print_report(report: Report) -> None:
+    """Print a report for a person.  Its first line is enough for a pager."""
+    headline = f"{shown_target(report.target)}: {report.headline()}"
+    print_folded(0, report.severity, headline.replace("|", "\\x7C"))
+    print_hops(report.hops)
     for finding in report.findings:
-        if not quiet or finding.severity in ALARMS:
-            print_folded(2, finding.severity, f"{finding.id}  {finding.text}")
+        print_folded(2, finding.severity, f"{finding.id}  {finding.text}")
+
+
+def print_alarms(report: Report) -> None:
+    """Print only warnings and worse: one line each, with its target."""
+    target = shown_target(report.target).replace("|", "\\x7C")
+    for finding in report.findings:
+        if finding.severity in ALARMS:
+            print_folded(0, finding.severity, f"{target}: {finding.id}  {finding.text}")
 
 
 def report_as_json(report: Report) -> str:
@@ -4924,9 +4973,7 @@ def command_check(args: argparse.Namespace) -> int:
         return list_findings()
     if not args.target:
         raise RuleError("no TARGET: give a host, or --list")
-    for id in args.ignore:
-        if id not in SEVERITY_OF:
-            raise RuleError(f"--ignore {id!a} is not an id of check --list")
+    check_ignored(args.ignore)
     trust = {"cafile": args.ca_file} if args.ca_file else {}
     try:
         tls_context(trust)
@@ -4945,8 +4992,10 @@ def command_check(args: argparse.Namespace) -> int:
     for report in check_all(args.target, *settings):
         if args.json:
             print(report_as_json(report))
+        elif args.quiet:
+            print_alarms(report)
         else:
-            print_report(report, args.quiet)
+            print_report(report)
         sys.stdout.flush()
         worst = max(worst, report.severity, key=SEVERITIES.index)
     return EXIT_CODES[worst]

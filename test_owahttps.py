@@ -2042,6 +2042,7 @@ class Case(NamedTuple):
     tls: str = ""
 
 
+OTHER_FAMILY = "3 address-of-other-family"
 PATH_80 = "--path /exchange --status 301 --https-port SECURE"
 # What the redirect is, the options of the rule, and what is found.
 RULED_SITES = [
@@ -2176,9 +2177,11 @@ OTHERS = [
     Case("only https, with a rule", NO_ANSWER, **RULED),
     Case("and back", f"{NO_ANSWER} redirects.insecure.initial", secure=to(P + "/", YEAR), **RULED),
     Case("and for ever", f"{NO_ANSWER} {LOOP}", secure=to(S + "PATH", YEAR), **RULED),
-    Case("nothing at all", f"{NO_TLS} {NO_ANSWER[2:]}", secure=None, **RULED),
+    Case("nothing at all", "2 nothing-answers", secure=None, **RULED),
     Case("a name that no DNS has", "3 host-unknown", target="nowhere.invalid"),
-    Case("no IPv6 address", "3 host-unknown", target="127.0.0.1:PLAIN", options="-6"),
+    Case("no IPv6 address", OTHER_FAMILY, target="127.0.0.1:PLAIN", options="-6"),
+    Case("no IPv4 address", OTHER_FAMILY, target="[::1]:PLAIN", options="-4"),
+    Case("a name that no DNS has, -6", "3 host-unknown", target="nowhere.invalid", options="-6"),
     Case("an IPv4 address", FINE, options="-4", **BY_ADDRESS),
     Case("asked for by address", f"2 {CERT}name {FOUND}", certificate="no-ip", **BY_ADDRESS),
     Case("nonsense", "3 target-invalid", target="a@b"),
@@ -2515,9 +2518,10 @@ def test_every_address_counts(number, address, certificates, monkeypatch):
     texts = {finding["id"]: finding["text"] for finding in report["findings"]}
     of_machine = number == errno.ENETUNREACH or (address == HERE6 and number != errno.ECONNREFUSED)
     assert ("address-unreachable" in texts) == of_machine
-    assert texts.get("http-no-answer", "").endswith(f" [at {address}]") != of_machine
+    assert texts.get("nothing-answers", "").endswith(f" [at {address}]") != of_machine
     assert texts[CERT + "name"].endswith(" [at 127.0.0.1]")
-    assert {hop["address"] for hop in report["hops"]} == {HERE4}
+    assert {hop["address"] for hop in report["hops"] if hop["status"]} == {HERE4}
+    assert {hop["address"] for hop in report["hops"] if not hop["status"]} == {address}
 
 
 @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EPERM])
@@ -2610,10 +2614,7 @@ def test_our_demo_of_403_4():
 
 
 MISSING_TEXT = "http://localhost:PLAIN/ answers 200 in clear: redirect it to https"
-QUIET_TEXT = f"""\
-critical  localhost:PLAIN: {MISSING_TEXT}
-  critical  redirection-missing  {MISSING_TEXT}
-"""
+QUIET_TEXT = f"critical  localhost:PLAIN: redirection-missing  {MISSING_TEXT}\n"
 WHOLE_TEXT = f"""\
 critical  localhost:PLAIN: {MISSING_TEXT}
  N ms  200  http://localhost:PLAIN/
@@ -2636,6 +2637,60 @@ def test_text(certificates):
         assert re.sub(" +[0-9]+ ms", " N ms", out) == site.with_ports(WHOLE_TEXT)
         assert run(*site.words, "--quiet") == (2, site.with_ports(QUIET_TEXT), "")
         assert run(*site.words, "--quiet", "--ignore", MISSING) == (0, "", "")
+
+
+NO_FAMILY = "unknown   127.0.0.1:PLAIN: 127.0.0.1 has no IPv6 address (-6)\n"
+NOTHING = (
+    "critical  127.0.0.1:PLAIN: neither http://127.0.0.1:PLAIN nor https://127.0.0.1:1 answers"
+)
+NO_NAME = "unknown   nowhere.invalid: nowhere.invalid does not resolve ("
+SILENT_TEXT = "http://localhost:PLAIN/ gave no answer within 0.1 s: look at its server\n"
+LEFT_OUT = f"ok        localhost:PLAIN: nothing else was found (1 ignored: {MISSING})\n"
+TWO = ["cookie-over-http", MISSING]
+# The output must have this line, or begin it like this.
+LINES = [
+    (LEFT_OUT, Case("", "", PAGE, options=f"--ignore {MISSING}")),
+    (
+        f"ok        localhost:PLAIN: nothing else was found (2 ignored: {', '.join(TWO)})\n",
+        Case("", "", says("200 OK", "Set-Cookie: a=b"), options=" --ignore ".join(["", *TWO])),
+    ),
+    (
+        f" goes to https://localhost:SECURE/exchange (1 ignored: {NO_HSTS[2:]})\n",
+        Case("", "", secure=PAGE, options=f"--ignore {NO_HSTS[2:]}"),
+    ),
+    (NO_FAMILY, Case("", "", target="127.0.0.1:PLAIN", options="-6")),
+    (NO_NAME, Case("", "", target="nowhere.invalid")),
+    (
+        f"{NOTHING} (Connection refused): is that host up?\n",
+        Case("", "", None, None, target="127.0.0.1:PLAIN", options="--https-port 1"),
+    ),
+    (SILENT_TEXT, Case("", "", script(b""), options=SHORT)),
+    ("\n  and 45 more requests, which --json has\n", Case("", "", to(P + "PATHx"))),
+    ("the target is invalid: 'http://' names no host\n", Case("", "", target="http://")),
+]
+
+
+@needs("openssl")
+@pytest.mark.parametrize("line, case", LINES, ids=[line[:30] for line, _ in LINES])
+def test_lines(line, case, certificates):
+    with Site(case, certificates) as site:
+        _, out, err = run(*site.words)
+        assert site.with_ports(line) in out and err == ""
+
+
+INVALID_SETTINGS = [
+    ({"ignore": ["nope"]}, "'nope'"),
+    ({"ignore": MISSING}, "a list"),
+    ({"connect": "x:y"}, "'x:y'"),
+    ({"expected": {"status": 303}}, "303"),
+]
+
+
+@pytest.mark.parametrize("settings, says", INVALID_SETTINGS, ids=str)
+def test_invalid_settings(settings, says):
+    with pytest.raises(ValueError) as caught:
+        owahttps.check("localhost", **settings)
+    assert says in str(caught.value)
 
 
 @linux
@@ -2727,7 +2782,16 @@ def test_wrong_usage(words, monkeypatch):
     assert (code, out) == (3, "") and re.fullmatch(r"owahttps[ -~]+\n", err)
 
 
-NONSENSE = ["ftp://localhost/", "http://a@b/", "..", "localhost:0", "localhost:65536", "a \x1b[31m"]
+NONSENSE = [
+    "ftp://localhost/",
+    "http:///",
+    "/",
+    "http://a@b/",
+    "..",
+    "localhost:0",
+    "localhost:65536",
+    "a \x1b[31m",
+]
 
 
 @pytest.mark.parametrize("target", NONSENSE)
