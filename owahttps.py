@@ -1212,6 +1212,9 @@ class RedirectServer(AnyFamilyServer):
             self.flush_logs()  # what sweep() told, and what still waits
         except Exception:  # such as ENOMEM of the selector; no client is to blame
             self.handle_error(None, ("-", 0))
+            # Windows' select() fails for all where one handler has closed its socket itself.
+            for handler in [one for one in self.connections if one.request.fileno() < 0]:
+                self.drop(handler)
             time.sleep(0.01)
 
     def batches(self, ready: List[RedirectHandler], now: float) -> Iterator[List[RedirectHandler]]:
