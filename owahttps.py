@@ -2668,11 +2668,11 @@ class Demo:
 # only IIS 10 has PermRedirect.
 
 IIS_STATUS = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
-# What RedirectRule.keeps_path() is true of, where the rule has a path.
+# The folders whose paths every rule keeps, as RedirectRule.keeps_path() does.
 IIS_MACHINE_FOLDERS = (".well-known", "autodiscover")
 
 SITE_CLICKS_UNDO = """\
-To take the clicks back: remove the site owahttps, then the application pool owahttps (IIS Manager
+To undo the clicks: remove the site owahttps, then the application pool owahttps (IIS Manager
 makes one with the site), and delete the folder.
 """
 SITE_CMD = """\
@@ -2685,9 +2685,9 @@ set "ROOT=%SystemDrive%\\inetpub\\owahttps"
 set "REDIRECT=-section:system.webServer/httpRedirect -commit:apphost -enabled:true"
 set "WHY=HTTP Redirection (Web-Http-Redirect) is not installed, or the prompt is not elevated."
 %APPCMD% list module HttpRedirectionModule >nul || goto failed
-set "WHY=The site owahttps is there already. To recreate it, run owahttps-undo.cmd first."
+set "WHY=The site owahttps exists already. To recreate it, run owahttps-undo.cmd first."
 %APPCMD% list site owahttps >nul && goto failed
-set "WHY=Stopped half-way. owahttps-undo.cmd takes back what was done."
+set "WHY=Stopped half-way. owahttps-undo.cmd undoes what was done."
 if not exist "%ROOT%" md "%ROOT%" || goto failed
 %APPCMD% add site /name:owahttps /bindings:"{bindings}" /physicalPath:"%ROOT%" || goto failed
 {settings}%APPCMD% list site owahttps
@@ -2747,7 +2747,7 @@ def refuse_what_iis_cannot(recipe: str, rule: RedirectRule) -> None:
 def site_redirects(rule: RedirectRule) -> List[Tuple[str, str, bool]]:
     """Return where in the site a redirect is set, its destination, and whether that is exact.
 
-    If it is not, IIS appends what the request's path has below the place.
+    If it is not exact, IIS appends the rest of the request's path, below that place.
     """
     origin = "https://" + rule.authority("")
     if rule.keep_path:
@@ -2770,9 +2770,9 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
     notes = []
     if recipe == "exchange":
         notes = [
-            "Microsoft's own procedure is another: it redirects the existing site, and takes that"
-            " back in each virtual directory. Here no setting of Exchange changes, so no update"
-            " undoes it.",
+            "Microsoft's own procedure differs: it redirects the existing site, and removes the"
+            " redirect from each virtual directory. Here no setting of Exchange changes, so no"
+            " update can undo it.",
             "Not for a name that programs still ask for in clear: the server's own FQDN (the"
             " Exchange Management Shell opens http://FQDN/PowerShell), or the OAB's InternalUrl of"
             " 2007 and 2010.",
@@ -2782,10 +2782,10 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
         "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
         "The role service HTTP Redirection must be installed: in PowerShell,"
         " Install-WindowsFeature Web-Http-Redirect.",
-        "Names that are not listed, and addresses, stay where they are.",
+        "Requests for other names, and for addresses, go to the other sites as before.",
     ]
     if rule.keep_path:
-        notes.append("IIS appends path and query. Whether byte for byte was not verified.")
+        notes.append("IIS appends path and query. Whether it changes any byte was not verified.")
     else:
         notes.append(
             "/.well-known/ and /autodiscover/ keep their paths: certificate authorities and Outlook"
@@ -2876,7 +2876,7 @@ def site_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 
 # The other servers.  Each has a function that yields the lines of its configuration.
 
-# What a Host may be.  Whether an address is one is not looked at: 1::2::3 passes.
+# What a Host may be.  Addresses are not examined further: 1::2::3 passes.
 ANY_HOST = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
 MACHINE_PATTERN = r"/(?:\.well-known|autodiscover)/"
 ACME_PATTERN = r"^/\.well-known/acme-challenge/([A-Za-z0-9_-]+)$"
@@ -2996,7 +2996,7 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield f"<VirtualHost *:{port}>"
     yield "    # SERVER_NAME is the Host then: in lower case, without port and last dot."
     yield "    UseCanonicalName Off"
-    yield "    # Else %2F is 404."
+    yield "    # Otherwise %2F gets 404."
     yield "    AllowEncodedSlashes NoDecode"
     if rule.status in (301, 308):
         yield f"    {A_DAY}"
@@ -3050,7 +3050,7 @@ def haproxy_host(rule: RedirectRule) -> Iterator[str]:
 
 def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("%[var(txn.host)]")
-    yield "# Where you have one already, add only the frontend to it."
+    yield "# If you have such a file already, add only the frontend to it."
     yield "global"
     yield "    user haproxy"
     yield "    group haproxy"
@@ -3144,6 +3144,9 @@ def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "}"
 
 
+# What `serve` takes unless it is told otherwise; both need file descriptors.
+MAX_CONNECTIONS = 16384  # some 45 MB, if all of them are slow
+SPARE_FILES = 64  # for files, and for clients that are being accepted
 SYSTEMD_UNIT = """\
 [Unit]
 Description=Redirect from plain HTTP to HTTPS
@@ -3187,12 +3190,11 @@ WantedBy=multi-user.target
 def systemd_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     if rule.acme_dir.startswith(("/home/", "/root/", "/tmp/")):
         raise RuleError(f"--acme-dir {rule.acme_dir}: the unit has a private /home, /root and /tmp")
-    spare = 64
     yield SYSTEMD_UNIT.format(
         port=port,
         options=command_options(rule),
-        spare=spare,
-        files=16384 + spare,
+        spare=SPARE_FILES,
+        files=MAX_CONNECTIONS + SPARE_FILES,
     ).rstrip("\n")
 
 
@@ -3295,10 +3297,10 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 #   2. Where does a browser land from /, from the path of the target, from the path of the rule,
 #      and from a deep link?  Every hop is followed here.  Each of the four begins without
 #      cookies, and the same URL with the same cookies is asked for once.
-#   3. Before the first request to an HTTPS origin: what is its certificate?  OpenSSL says only
-#      the first fault of a certificate.  So a certificate that is not trusted is asked about
-#      again, one question a handshake.
-#   4. Last, what no visitor asks: a path of ACME, and a Host that is no host.
+#   3. Before the first request to an HTTPS origin: what is its certificate?  OpenSSL reports only
+#      the first fault of a certificate.  So if one is not trusted, more handshakes follow, and
+#      each asks one question.
+#   4. Last, what no visitor asks: an ACME path, and an invalid Host.
 #
 # After one time-out an origin is asked nothing more.  Without that, a host that is down would
 # cost ten seconds a question.
@@ -3306,9 +3308,9 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # http.client would not do: its time-out holds for each recv(), so a server that sends a byte now
 # and then has no end.  Nor http.cookiejar: it prints a traceback for some hostile dates.
 
-# Every kind of finding by its severity: its id, and what was seen and what to do.  The id is the
-# one of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots)
-# where theirs means the same; certificates have a name for each fault below MDN's.
+# Every kind of finding by its severity: its id, and what was seen and what to do.  The id is that
+# of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots) where
+# theirs means the same; for certificates, MDN's id is followed by the fault.
 # HSTS is Strict-Transport-Security (RFC 6797).
 FINDINGS = {
     "ok": {
@@ -3319,7 +3321,7 @@ FINDINGS = {
         "header.preloadable.max_age.below_1_year": "{url} sends HSTS of {age} s, less than a year",
         "hsts-from-parent": "{url} sends no HSTS of its own, but that of {parent} covers it",
         "client-certificate-wanted": "{url} wants a client certificate: its page was not seen",
-        "host-reflected": "{url} puts a forged Host into its Location: a cache would keep it",
+        "host-reflected": "{url} puts a forged Host into its Location: a cache may store that",
     },
     "warning": {
         "redirects.http.does_not_exist": "nothing answers at {url} {why}, but HTTPS does; "
@@ -3330,16 +3332,16 @@ FINDINGS = {
         "redirection-relative": "{url} has the relative Location {location}: make it absolute",
         "location-not-a-uri": "{url} has the invalid Location {location}: only browsers correct it",
         "redirects.too_many": "{url} takes more than 3 redirects: lead to the last URL at once",
-        "acme-challenge-lost": "{url} loses its path, to {location}, and http-01 fails: keep it",
+        "acme-challenge-lost": "{url} loses its path, to {location}: http-01 fails without it",
         "https-error": "{url} answers {status}: look at the HTTPS server",
-        "tls-old": "HTTPS at {url} is old ({what}): browsers still open it, newer clients do not",
+        "tls-old": "HTTPS at {url} is old ({what}): browsers open it, stricter clients do not",
         "cert-expires-soon": "the certificate of {url} expires {date}, in {days} days: renew it",
         "response.no_header": "{url} sends no usable HSTS: browsers will try http:// again",
         "response.multiple_headers": "{url} sends several HSTS fields: browsers take the first one",
         "hsts-implemented-max-age-less-than-six-months": "{url} sends HSTS of {age} s, less than "
         "15552000 (180 days)",
         "redirects.http.useless_header": "{url} sends HSTS in clear, where browsers ignore it",
-        "cookie-over-http": "{url} sets a cookie in clear: anybody on the way reads it",
+        "cookie-over-http": "{url} sets a cookie in clear: anyone on the way can read it",
         "cookie-without-secure": "{url} sets a cookie without Secure: it goes in clear too",
     },
     "unknown": {
@@ -3356,7 +3358,7 @@ FINDINGS = {
         "nothing-answers": "neither {url} nor {secure} answers {why}: is that host up?",
         "http-no-answer": "{url} gave no answer {why}: look at its server",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
-        "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or lead elsewhere",
+        "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or redirect elsewhere",
         "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older: turn TLS 1.2 on",
         "https-misdirected": "{url} answers 421: it does not serve this name (see SNI)",
         "redirection-missing": "{url} answers {status} in clear: redirect it to https",
@@ -3367,20 +3369,23 @@ FINDINGS = {
         "redirection-not-to-https-on-initial-redirection": "{url} first leads to {location}: "
         "lead to https at once",
         "redirection-not-to-https": "{url} ends at {location}: it must end on https",
-        "redirects.insecure.initial": "{url} leads to plain HTTP, {location}",
-        "redirects.insecure.subsequent": "{url} leads back to plain HTTP, {location}",
+        "redirects.insecure.initial": "{url} leads to plain HTTP, {location}: use https",
+        "redirects.insecure.subsequent": "{url} leads back to plain HTTP, {location}: use https",
         "redirect-loop": "{url} is redirected without end. Behind a load balancer that ends TLS, "
         "redirect there and not on the server",
         "proxy-loop": "{url} answers owahttps's 421: the proxy that ends TLS sends HTTPS traffic "
         "to the redirect. Send it to the application",
-        "location-invalid": "{url} answers {status}, and its Location leads nowhere ({location})",
+        "location-invalid": "{url} answers {status} with an invalid Location ({location}): "
+        "correct it",
         "location-keeps-plain-port": "{url} keeps the plain port in {location}: drop it",
         "rule-mismatch": "{url} answers {status} {location}, not {expected}",
         "redirection-invalid-cert.expired": "the certificate of {url} expired {date}: renew it",
-        "redirection-invalid-cert.not-yet-valid": "the certificate of {url} begins {date}",
+        "redirection-invalid-cert.not-yet-valid": "the certificate of {url} is not valid before "
+        "{date}: use an earlier one, or set the clock of this machine",
         "redirection-invalid-cert.name": "the certificate of {url} does not name {host}: get one "
         "that does, or redirect to a name it has (--host)",
-        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed",
+        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed: get one "
+        "from an authority, or give --ca-file",
         "redirection-invalid-cert.chain": "the certificate of {url} does not lead to a trusted "
         "authority ({reason}): send the intermediate certificates, or give --ca-file",
     },
@@ -3391,17 +3396,17 @@ ALARMS = ("warning", "unknown", "critical")
 EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitoring world's
 
 MAX_HOPS = 20  # of one redirect: Chromium's limit too
-MAX_ANSWER = 256 * 1024  # bytes that are read of one response: Chromium's limit for a head
+MAX_ANSWER = 256 * 1024  # bytes that are read from one response: Chromium's limit for a head
 MAX_COOKIES = 50
 MAX_PRINTED_HOPS = 16  # a site that keeps paths, with two addresses, has 14
-TARGET_TIME_OUTS = 6  # a target may take as long as so many time-outs, whatever happens
+TARGET_TIME_OUTS = 6  # no target takes longer than this many time-outs
 DAY = 86400
 HALF_YEAR = 180 * DAY  # as MDN and testssl.sh count it
 YEAR = 365 * DAY
 PORTS = {"http": 80, "https": 443}
 
-# It has no credential.  Upgrade-Insecure-Requests: there are servers that redirect only clients
-# that send it, and all browsers do (W3C Upgrade Insecure Requests, section 3.2).
+# It carries no credentials.  Some servers redirect only clients that send
+# Upgrade-Insecure-Requests, as all browsers do (W3C Upgrade Insecure Requests, section 3.2).
 CHECK_REQUEST = """\
 GET {target} HTTP/1.1\r
 Host: {host}\r
@@ -3411,7 +3416,7 @@ Upgrade-Insecure-Requests: 1\r
 {cookies}Connection: close\r
 \r
 """
-FORGED_HOST = "forged.invalid"  # RFC 2606: nobody can have it
+FORGED_HOST = "forged.invalid"  # RFC 2606: nobody can own it
 DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"  # a bookmark; "%2F" shows whether it is decoded
 ACME_QUESTION = ACME_PREFIX + "owahttps-check"
 
@@ -3420,7 +3425,7 @@ Problem = Tuple[str, Dict[str, Any]]  # the id of a finding, and the values in i
 
 
 class Finding(NamedTuple):
-    """One kind of thing that was seen at a site."""
+    """One kind of thing that was seen at a site, good or bad."""
 
     id: str
     severity: str  # one of SEVERITIES
@@ -3445,10 +3450,10 @@ class Hop(NamedTuple):
     """One request and its answer."""
 
     url: str
-    status: int  # 0: no answer
+    status: int  # 0: no answer, or no connection
     location: str
     milliseconds: int
-    address: str  # that was asked
+    address: str  # the one that was asked
 
 
 class Report(NamedTuple):
@@ -3540,7 +3545,7 @@ def resolve(text: str, base: Url) -> Url:
 
 
 def read_target(text: str) -> Tuple[Url, Url]:
-    """Return the plain URL, and the HTTPS URL of the same site, of what people paste.
+    """Return the plain URL and the HTTPS URL of a site, from what people paste.
 
     That is a host, host:port, host/path, or an http or https URL.  ValueError says what is wrong.
     """
@@ -3575,7 +3580,7 @@ class Cookie(NamedTuple):
         return below and self.value != "" and (url.scheme == "https" or not self.secure)
 
 
-def is_over(attributes: Dict[str, str]) -> bool:
+def is_deleted(attributes: Dict[str, str]) -> bool:
     """Return whether a cookie with these attributes is being deleted."""
     if "max-age" in attributes:  # it goes before Expires
         return re.fullmatch("-[0-9]+|0+", attributes["max-age"]) is not None
@@ -3596,7 +3601,7 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
         domain = attributes.get("domain", "").lower().lstrip(".") or url.name
         invalid = len(field) > 4096 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
         if equals and not invalid and f".{url.name}".endswith(f".{domain}"):
-            kept = "" if is_over(attributes) else value.strip()
+            kept = "" if is_deleted(attributes) else value.strip()
             cookies.append(Cookie(name.strip(), kept, domain, "secure" in attributes))
     return cookies
 
@@ -3609,7 +3614,7 @@ class Hsts(NamedTuple):
 
 
 def read_hsts(field: str) -> Optional[Hsts]:
-    """Read a Strict-Transport-Security field; None where one fault spoils it, as in browsers."""
+    """Read a Strict-Transport-Security field; None if it is invalid, which browsers ignore."""
     directives: Dict[str, str] = {}
     for directive in field.split(";"):
         name, _, value = directive.partition("=")
@@ -3631,7 +3636,7 @@ REFRESH_URL = re.compile(r"(?i)[;,\s]url\s*=\s*[\"']?([^\"'\s>]+)")
 
 
 def text_of(response: Response) -> str:
-    """Return the body of a response; what is looked for in it is ASCII."""
+    """Return the body of a response as text; the patterns for it are ASCII."""
     return response.body.decode("latin-1")
 
 
@@ -3657,7 +3662,7 @@ def final_response(data: bytes) -> Optional[Response]:
 
 
 def plain_fault(response: Response) -> str:
-    """Return the id of the finding that a page in clear is."""
+    """Return the id of the finding where plain HTTP answers with a page."""
     # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
     # bare 403, and the number is shown only on the server.
     iis = "IIS" in (response.field("server") or "")
@@ -3672,7 +3677,7 @@ def plain_fault(response: Response) -> str:
 
 
 def secure_fault(response: Response) -> str:
-    """Return the id of what is wrong with a page over https, or ""."""
+    """Return the id of the finding for an answer over https, or "" if it is fine."""
     page = text_of(response)
     if response.status == 421:
         return "proxy-loop" if "redirect loop" in page else "https-misdirected"
@@ -3707,8 +3712,8 @@ TLS_FAULTS = {
 CLIENT_CERTIFICATE_ALERT = re.compile(
     "(?i)alert.(certificate.required|bad.certificate|handshake.failure)"
 )
-# A connect() that fails like this never left this machine, or found no way from it.  EACCES and
-# EPERM are a firewall's here.
+# A connect() that fails with one of these never left this machine.  EACCES and EPERM come from
+# a firewall on it.
 NO_WAY = (
     *(errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT),
     *(errno.EACCES, errno.EPERM, errno.EMFILE),
@@ -3763,7 +3768,7 @@ def tls_context(
 
 
 def has_authorities(context: ssl.SSLContext) -> bool:
-    """Return whether a context trusts any authority; a folder's are read only when needed."""
+    """Return whether a context trusts any authority; OpenSSL reads those of a folder late."""
     folder = ssl.get_default_verify_paths().capath
     return context.cert_store_stats()["x509"] > 0 or bool(folder and glob(f"{folder}/*"))
 
@@ -3792,7 +3797,10 @@ def certificate_dates(fields: Dict[str, Any]) -> List[Problem]:
 
 
 def has_no_way(error: Exception) -> bool:
-    """Return whether an error is one of this machine; gaierror and SSLError count differently."""
+    """Return whether this machine is the reason of an error.
+
+    The subclasses gaierror and SSLError have numbers of their own, which mean something else.
+    """
     return type(error) in (OSError, PermissionError) and getattr(error, "errno", 0) in NO_WAY
 
 
@@ -3807,7 +3815,7 @@ def cause_of(error: Exception, seconds: float) -> str:
 def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
     """Return the addresses of a server name; OSError if there are none.
 
-    socket.getaddrinfo() has no time-out: it is asked in a thread, which may be left behind.
+    socket.getaddrinfo() has no time-out, so it runs in a thread, which may be left behind.
     """
     rows: List[Any] = []
     failures: List[OSError] = []
@@ -3847,11 +3855,11 @@ class Site:
         self.addresses: List[Address] = []
         self.hops: List[Hop] = []
         # By the id of the finding: URL, address ("": all), and the values in the sentence.
-        self.notes: Dict[str, List[Tuple[str, str, Dict[str, Any]]]] = {}
+        self.seen: Dict[str, List[Tuple[str, str, Dict[str, Any]]]] = {}
 
     def found(self, id: str, url: object, address: str = "", **values: Any) -> None:
         """Note what was seen at a URL."""
-        self.notes.setdefault(id, []).append((str(url)[:2000], address, values))
+        self.seen.setdefault(id, []).append((str(url)[:2000], address, values))
 
     def is_over(self) -> bool:
         """Return whether the time of the target is up; then not everything was asked."""
@@ -3866,8 +3874,8 @@ class Site:
         return min(time.monotonic() + self.seconds, self.deadline)
 
     def finding(self, id: str, ignore: Sequence[str]) -> Finding:
-        """Make the finding of all that was noted under an id."""
-        urls, where, values = zip(*self.notes[id])
+        """Make one finding of all that was seen under this id."""
+        urls, where, values = zip(*self.seen[id])
         finding = make_finding(id, values[0], list(dict.fromkeys(urls)))
         addresses = sorted(set(where) - {""})
         if addresses and len(addresses) < len(self.addresses):
@@ -3947,7 +3955,7 @@ class Visit:
             return Handshake(certificate, tls.getpeercert() or {}, tls.cipher()[0])
 
     def certificate_problems(self, url: Url, certificate: bytes, refused: str) -> List[Problem]:
-        """Find out why a certificate is not trusted, one question a handshake."""
+        """Find out why a certificate is not trusted: each handshake asks one question."""
 
         def trusted(trust: Trust, flags: int, check_name: bool = False) -> Dict[str, Any]:
             return self.shake_hands(url, tls_context(trust, flags, check_name)).fields
@@ -3977,7 +3985,7 @@ class Visit:
         except ssl.SSLError as error:
             if "legacy" not in str(error).lower():
                 raise
-            # Browsers do not mind.  Python tells it only by this error.
+            # Browsers accept that.  Python shows it only by this error.
             problems.append(("tls-old", {"what": "no secure renegotiation, RFC 5746"}))
             first = self.shake_hands(url, self.site.lenient)
         if first.client_certificate:
@@ -3998,7 +4006,7 @@ class Visit:
             try:
                 problems = self.tls_problems(url)
                 self.https[origin] = True
-            except (OSError, ValueError) as error:  # ValueError: dates that are no dates
+            except (OSError, ValueError) as error:  # ValueError: invalid dates
                 problems = []
                 self.failed("domain.tls.cannot_connect", url, error)
             for id, values in problems:
@@ -4050,7 +4058,7 @@ class Visit:
         return ""
 
     def failed(self, id: str, url: Url, error: Exception) -> None:
-        """Note what an error means.  `id` is the finding where it means nothing special."""
+        """Note what an error means; `id` is the finding if it means nothing special."""
         if isinstance(error, TIME_OUT):
             self.silent[url.origin()] = error
         if self.site.is_over():
@@ -4183,7 +4191,7 @@ class Visit:
             id = "redirection-to-https"
         values = {"location": following, "status": response.status}
         self.found(id, url, expected=f"{status} {wanted}", **values)
-        # RFC 6797 section 7.2; anyone who asks for a status has settled it.
+        # RFC 6797 section 7.2; an expected status is left as it is.
         if response.status in (302, 303, 307) and "status" not in expected:
             self.found("redirection-temporary", url, **values)
 
@@ -4208,15 +4216,15 @@ class Visit:
         url = start
         # There are sites that set a cookie and redirect to themselves until it comes back.
         jar: Dict[Tuple[str, str], Cookie] = {}
-        seen: List[Tuple[Url, str]] = []
+        visited: List[Tuple[Url, str]] = []
         while True:
             kept = [one for one in jar.values() if one.goes_to(url)]
             cookies = "; ".join(f"{one.name}={one.value}" for one in kept)
-            if (url, cookies) in seen or len(seen) == MAX_HOPS:
+            if (url, cookies) in visited or len(visited) == MAX_HOPS:
                 self.found("redirect-loop", start)
                 return
-            seen.append((url, cookies))
-            if len(seen) == 5:
+            visited.append((url, cookies))
+            if len(visited) == 5:
                 self.found("redirects.too_many", start)
             response = self.ask(url, cookies)
             if response is None:
@@ -4228,7 +4236,7 @@ class Visit:
             if following is None:
                 self.judge_last(start, url, response)
                 return
-            first = len(seen) == 1
+            first = len(visited) == 1
             if first and url.scheme == "http":
                 self.judge_first(url, response, following)
             elif url.scheme == "https" and following.scheme == "http":
@@ -4245,7 +4253,7 @@ class Visit:
             self.found("acme-challenge-lost", url, location=following)
 
     def try_forged_host(self) -> None:
-        """A Host that is no host (RFC 9110 section 7.2) must not become the host of a Location."""
+        """An invalid Host (RFC 9110 section 7.2) must not become the host of a Location."""
         root = self.site.plain._replace(target="/")
         with contextlib.suppress(OSError, ValueError):
             response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
@@ -4299,8 +4307,8 @@ class Visit:
 def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address]) -> None:
     """Judge an address where neither port can be reached.
 
-    Browsers go on with the other family (RFC 8305).  If nothing of a family answers and the other
-    is there, it is as likely this machine that has no way to it.
+    Browsers go on with the other family (RFC 8305).  If one family does not answer and the other
+    does, this machine may have no route to it.
     """
     host = address[0]
     secure, why = site.secure.origin(), cause_of(error, site.seconds)
@@ -4377,11 +4385,11 @@ def check(
     check_ignored(ignore)
     try:
         plain, secure = read_target(target)
-    except ValueError as error:  # one target that is nonsense does not stop the others
+    except ValueError as error:  # one invalid target does not stop the others
         return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
     visit_all(site, read_target(connect)[0] if connect else None, family)
-    findings = [site.finding(id, ignore) for id in site.notes]
+    findings = [site.finding(id, ignore) for id in site.seen]
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     severity = findings[0].severity if findings[0].severity in EXIT_CODES else "ok"
     return Report(target, severity, site.hops, findings)
@@ -4407,7 +4415,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_between(low: float, high: float) -> Callable[[str], Any]:
-    """Return a type for argparse: a number from low to high, whole ones where low is."""
+    """Return a type for argparse: a number from low to high, an int if low is one."""
     kind = type(low)
     pattern = "[0-9]{1,10}" if kind is int else r"[0-9]{1,10}(\.[0-9]+)?"
 
@@ -4460,7 +4468,7 @@ def rule_of(fields: Dict[str, Any], port: int) -> RedirectRule:
     """Return the rule with these fields, for plain HTTP at this port."""
     rule = RedirectRule(**fields)
     if rule.keep_path and "path" in fields:
-        raise RuleError(f"--path {rule.path} and --keep-path: give one of them")
+        raise RuleError(f"--path {rule.path} and --keep-path: give only one of them")
     if rule.https_port == port:
         raise RuleError(f"--https-port {port} is the port of plain HTTP: that would be a loop")
     return rule
@@ -4511,7 +4519,7 @@ def bind_trouble(error: OSError, host: str, port: int) -> str:
 def add_serve_arguments(parser: Any) -> None:
     port, count = number_between(0, 65535), number_between(0, 10**6)
     parser.add_argument(
-        "--bind", default="", metavar="ADDR", help="listen on this address (default: every one)"
+        "--bind", default="", metavar="ADDR", help="listen on this address (default: all)"
     )
     parser.add_argument(
         "-p",
@@ -4529,14 +4537,15 @@ def add_serve_arguments(parser: Any) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="allow N at once (default: 16384, at most the limit of open files minus 64)",
+        help=f"connections at once (default: {MAX_CONNECTIONS}, "
+        f"at most the limit of open files minus {SPARE_FILES})",
     )
     parser.add_argument("--quiet", action="store_true", help="write no access log")
     add_rule_arguments(parser)
 
 
 def connection_cap(wanted: int) -> int:
-    """Return how many connections may be open: as many as wanted, if file descriptors allow."""
+    """Return how many connections may be open: as many as wanted, if file descriptors suffice."""
     try:
         import resource
     except ImportError:
@@ -4545,9 +4554,9 @@ def connection_cap(wanted: int) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    wanted = wanted or 16384  # some 45 MB, if all of them are slow
-    # 64 for files, and for clients that are being accepted.  -1 is no limit.
-    return wanted if soft < 0 else min(wanted, max(8, soft - 64))
+    wanted = wanted or MAX_CONNECTIONS
+    no_limit = soft < 0
+    return wanted if no_limit else min(wanted, max(8, soft - SPARE_FILES))
 
 
 def become(user: str) -> None:
@@ -4578,12 +4587,12 @@ def on_signal(stop: Callable[[], Any]) -> None:
 
 
 def warnings_for(rule: RedirectRule, host: str) -> Iterator[str]:
-    """Yield what will hurt later."""
+    """Yield warnings of what may go wrong later."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "running as root; --user NAME drops that once the port is bound"
     if rule.status in (301, 308):
         if host == "::1" or host.startswith("127."):
-            yield f"browsers keep a {rule.status} for a day, for localhost too: a 302 they do not"
+            yield f"browsers keep a {rule.status} for a day, for localhost too, but not a 302"
         if not rule.host and not rule.allow_hosts:
             yield (
                 f"a permanent redirect ({rule.status}) for every name: "
@@ -4734,7 +4743,7 @@ def write_parts(folder: str, parts: List[Part]) -> None:
         with open(path, "xb") as file:
             file.write(data)
     for name in texts:
-        print(name)  # without the folder, whose name may be beyond a code page
+        print(name)  # without the folder, whose name a code page may lack
 
 
 def next_step(recipe: str, folder: str, part: str) -> str:
@@ -4903,7 +4912,7 @@ def print_folded(indent: int, word: str, text: str) -> None:
 
 
 def shown_target(target: str) -> str:
-    """Return a target for the screen: as it was typed, and as DNS has it if that is not ASCII."""
+    """Return a target for the screen: as it was typed, and if not ASCII, as DNS has it."""
     if target.isprintable() and any(character > "~" for character in target):
         encoding = sys.stdout.encoding or "utf-8"
         typed = target.encode(encoding, "backslashreplace").decode(encoding)
@@ -4913,7 +4922,7 @@ def shown_target(target: str) -> str:
 
 
 def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
-    """Yield the report of each target, as soon as it is there and its turn has come."""
+    """Yield the report of each target, in their order, each as soon as it is there."""
     from concurrent.futures import ThreadPoolExecutor  # `serve` has no use for it
 
     with ThreadPoolExecutor(16) as pool:
@@ -4921,7 +4930,7 @@ def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
         try:
             for future in futures:
                 yield future.result()
-        finally:  # a reader that has gone wants no more of them
+        finally:  # if the reader of our output has gone, nobody needs the others
             for future in futures:
                 future.cancel()
 
@@ -4985,7 +4994,10 @@ def command_check(args: argparse.Namespace) -> int:
     fields = rule_fields(args)
     rule_of(fields, 0)
     if args.connect:
-        read_target(args.connect)
+        try:
+            read_target(args.connect)
+        except ValueError as error:
+            raise RuleError(f"--connect: {error}") from None
     family = 0
     if args.ipv4 != args.ipv6:
         family = socket.AF_INET if args.ipv4 else socket.AF_INET6
@@ -5191,7 +5203,7 @@ def parse(argv: List[str]) -> argparse.Namespace:
     if argv[:1] == ["help"]:
         argv = argv[1:2] + ["--help"]
     if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in argv):
-        raise RuleError("an argument is empty: a variable that is not set?")
+        raise RuleError("an argument is empty: is a variable not set?")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
@@ -5213,7 +5225,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         code = int(args.run(args))
         sys.stdout.flush()
         return code
-    except ValueError as error:  # RuleError, or a target that is not one
+    except ValueError as error:  # RuleError, or an invalid --ignore
         say(f"error: {error}")
         return wrong_usage
     except KeyboardInterrupt:
