@@ -3328,11 +3328,13 @@ FINDINGS = {
         "if that is meant: --ignore redirects.http.does_not_exist",
         "redirection-by-refresh": "{url} answers {status} with a refresh to {location}: "
         "send a redirect, which every client follows",
-        "redirection-off-host-from-http": "{url} leads to another host first: {location}",
+        "redirection-off-host-from-http": "{url} leads to another host, {location}: "
+        "lead to https on the same host first",
         "redirection-relative": "{url} has the relative Location {location}: make it absolute",
         "location-not-a-uri": "{url} has the invalid Location {location}: only browsers correct it",
         "redirects.too_many": "{url} takes more than 3 redirects: lead to the last URL at once",
-        "acme-challenge-lost": "{url} loses its path, to {location}: http-01 fails without it",
+        "acme-challenge-lost": "{url} loses its path, to {location}, and http-01 fails: "
+        "keep the path",
         "https-error": "{url} answers {status}: look at the HTTPS server",
         "tls-old": "HTTPS at {url} is old ({what}): browsers open it, stricter clients do not",
         "cert-expires-soon": "the certificate of {url} expires {date}, in {days} days: renew it",
@@ -3352,7 +3354,7 @@ FINDINGS = {
         "no-authorities": "this machine has no certificate authorities, so the certificate of "
         "{url} cannot be judged: install ca-certificates here, or give --ca-file",
         "https-only-http2": "HTTPS at {url} speaks only HTTP/2, which owahttps does not",
-        "cut-short": "the check of {url} ended after {seconds} s: not everything was asked",
+        "cut-short": "the check of {url} ended after {seconds} s, unfinished: raise --timeout",
     },
     "critical": {
         "nothing-answers": "neither {url} nor {secure} answers {why}: is that host up?",
@@ -3395,7 +3397,7 @@ SEVERITIES = ["ignored", *FINDINGS]  # mildest first
 ALARMS = ("warning", "unknown", "critical")
 EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitoring world's
 
-MAX_HOPS = 20  # of one redirect: Chromium's limit too
+MAX_HOPS = 20  # requests of one chain: Chromium refuses the twentieth redirect (measured)
 MAX_ANSWER = 256 * 1024  # bytes that are read from one response: Chromium's limit for a head
 MAX_COOKIES = 50
 MAX_PRINTED_HOPS = 16  # a site that keeps paths, with two addresses, has 14
@@ -5139,7 +5141,8 @@ examples:
         command_selftest,
         "prove the redirect, end to end and case by case",
         """\
-Exit 1: a case has failed; with --against, one of the levels safe and must.
+Exit 1: a case has failed; with --against, one of the levels safe and must, or
+the server's answer to a plain GET is not the one of this rule.
 
 examples:
   owahttps.py selftest
