@@ -95,13 +95,12 @@ def process(*argv, shell="", **settings):
     if shell:
         words = ["sh", "-c", shell + ' exec "$@"', "sh", *words]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
-    child = subprocess.Popen(words, **settings)
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.kill()
-        child.communicate()
+    with subprocess.Popen(words, **settings) as child:
+        try:
+            yield child
+        finally:
+            if child.poll() is None:
+                child.kill()
 
 
 def free_port():
