@@ -15,10 +15,10 @@ it: it needs CPython 3.6 or newer and nothing else.
   python3 owahttps.py check mail.example.com          is port 80 there right?
   python3 owahttps.py demo --open                     show it in a browser
 
-owahttps.py COMMAND --help tells the rest.
+Run owahttps.py COMMAND --help for all options of a command.
 """
 
-# A map of this file.  Each function stands below what it uses.
+# A map of this file.  Each function is defined below the ones that it uses.
 #
 #   Part one: the article
 #     The rule        where plain HTTP goes: a RedirectRule
@@ -104,31 +104,31 @@ Address = Tuple[str, int]  # a host and a port, as sockets take them
 
 
 class RuleError(ValueError):
-    """An invalid rule, or one that cannot be expressed somewhere; the text is one line."""
+    """The rule is invalid, or a recipe cannot express it; the message is one line."""
 
 
 class HostError(RuleError):
     """The text is not a server name."""
 
 
-# RFC 9110 section 7.2: Host = uri-host [ ":" port ].  Of the hosts of RFC 3986 we take only
-# those that a certificate can name: labels of letters, digits and inner "-" and "_", or an IP
-# address.  There is no userinfo, no percent-encoding and no IPv6 zone.
+# RFC 9110 section 7.2: Host = uri-host [ ":" port ].  Of the hosts that RFC 3986 allows, only
+# those that a certificate can name are accepted: labels of letters, digits and inner "-" and "_",
+# or an IP address.  There is no userinfo, no percent-encoding and no IPv6 zone.
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 AUTHORITY = re.compile(rf"(?:({LABEL}(?:\.{LABEL})*)\.?|(\[[0-9A-Fa-f:.]+\]))(?::([0-9]{{0,5}}))?")
-# WHATWG URL section 3.5: a browser takes a host whose last label is a number for an IPv4
-# address, and refuses it if it is not a valid one.
+# WHATWG URL section 3.5: if the last label of a host is a number, a browser treats the host as an
+# IPv4 address, and rejects it if it is not a valid one.
 ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
-# CPython accepts leading zeros in an IPv4 address before 3.9.5, and refuses them since.
+# CPython before 3.9.5 accepts leading zeros in an IPv4 address; later versions reject them.
 LEADING_ZERO = re.compile(r"(?:^|[:.])0[0-9]+\.|\.0[0-9]+$")
 # RFC 3986 section 2.3, the unreserved characters: every server's configuration, cmd.exe and
 # VBScript take them literally.
 RULE_PATH = re.compile(r"/[A-Za-z0-9._~/-]*")
-# Paths that machines ask for, in any case of letters: RFC 8615 (certificate authorities, MTA-STS
-# and others) and Autodiscover.  They keep their path: their clients want one certain file.
+# Paths that programs ask for, in upper or lower case: RFC 8615 (certificate authorities, MTA-STS
+# and others) and Autodiscover.  They are always kept: these clients want one particular file.
 MACHINE_PATH = re.compile(r"/(?i:\.well-known|autodiscover)/")
-# In a request target everything else is percent-encoded, and so is a "%" that does not begin an
-# encoded byte (RFC 3986 sections 3.3 and 3.4).
+# In a request target, everything except these is percent-encoded, and so is a "%" that does not
+# begin an encoded byte (RFC 3986 sections 3.3 and 3.4).
 IN_URL = r"A-Za-z0-9._~:/?@!$&'()*+,;=%-"
 LONE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 OUTSIDE_URL = re.compile(f"[^{IN_URL}]|{LONE_PERCENT.pattern}")
@@ -157,7 +157,7 @@ def split_authority(text: str) -> Tuple[str, int]:
     >>> split_authority("Mail.Example.com.:8080")
     ('mail.example.com', 8080)
 
-    Raises HostError for anything else than a name or an address with an optional port.
+    Raises HostError for anything other than a name or an address with an optional port.
     """
     match = AUTHORITY.fullmatch(text)
     if not match:
@@ -184,15 +184,15 @@ def server_name(authority: str) -> str:
 
 
 def with_port(name: str, port: int, default: int) -> str:
-    """Return name[:port]; the default port of a scheme is not written."""
+    """Return name[:port], without the port where it is the default of the scheme."""
     return name if port == default else f"{name}:{port}"
 
 
 def host_of_rule(text: str) -> str:
-    """Return the server name; HostError where there is a port beside it."""
+    """Return the server name; raise HostError if it has a port."""
     name, port = split_authority(text)
     if port:
-        raise HostError(f"{text!a} has a port: give only the name here, and --https-port")
+        raise HostError(f"{text!a} has a port: give only the name here; use --https-port")
     return name
 
 
@@ -227,8 +227,8 @@ def check_path(field: str, path: Any) -> None:
 
 
 def percent_encode(target: str) -> str:
-    """Return a request target with all percent-encoded that a URL cannot hold."""
-    if OUTSIDE_URL.search(target):  # not re.sub(): it takes 6 ms where nothing fits
+    """Return a request target with everything percent-encoded that a URL cannot contain."""
+    if OUTSIDE_URL.search(target):  # most targets need nothing, which search() tells fastest
         target = LONE_PERCENT.sub("%25", target).translate(PERCENT_ENCODED)
     return target
 
@@ -254,13 +254,13 @@ class RedirectRule(RuleFields):
     host         lead to this name instead of the requested one ("": the requested one)
     https_port   lead to this port
     status       301, 302, 307 or 308; 302 is what the article's Response.Redirect sends, and
-                 no browser keeps it
+                 browsers do not cache it
     keep_path    keep the path and query of the request, instead of `path`
     allow_hosts  the only names that are redirected (empty: every name); host is one of them
     health       a path that answers 200 ("": none)
-    acme_dir     a folder with token files of ACME http-01, which are served ("": none)
+    acme_dir     a folder of ACME http-01 token files, which are served ("": none)
     api          paths below which the answer is 403: a client of an API would follow a
-                 redirect each time, and send its secret in clear each time
+                 redirect each time, and send its secret in the clear each time
 
     RuleError says in one line why a rule is invalid.
     """
@@ -284,7 +284,9 @@ class RedirectRule(RuleFields):
         check_number("https_port", https_port)
         check_number("status", status)
         check_list("allow_hosts", allow_hosts)
-        check_path("health", health or "/health")
+        check_text("health", health)
+        if health:
+            check_path("health", health)
         check_text("acme_dir", acme_dir)
         check_list("api", api)
         for one in api:
@@ -297,7 +299,8 @@ class RedirectRule(RuleFields):
             raise RuleError("health '/' is what people type: it has to redirect")
         if health == path and not keep_path:
             raise RuleError(f"health {health!a} is where every request leads")
-        if "/" in api:
+        api = tuple(one.rstrip("/").lower() for one in api)
+        if "" in api:
             raise RuleError("api '/' would leave nothing to redirect")
         host = host_of_rule(host) if host else ""
         allowed = [host_of_rule(name) for name in allow_hosts]
@@ -313,12 +316,12 @@ class RedirectRule(RuleFields):
             tuple(dict.fromkeys(allowed)),
             health,
             acme_dir,
-            tuple(one.rstrip("/").lower() for one in api),
+            api,
         )
 
     @classmethod
     def _make(cls, fields: Iterable[Any]) -> "RedirectRule":  # type: ignore[override]
-        """Make a rule of its fields in order; _replace() goes through here, so it validates too."""
+        """Make a rule from its fields in order; _replace() calls this, so it validates too."""
         return cls(*fields)
 
     def authority(self, name: str) -> str:
@@ -369,8 +372,8 @@ def command_options(rule: RedirectRule) -> str:
 
 # ---- The answer ----------------------------------------------------------------------
 
-MAX_TARGET = 8 * 1024  # bytes of a request target: 414 beyond
-MAX_HEAD = 32 * 1024  # bytes of a request head: 431 beyond
+MAX_TARGET = 8 * 1024  # bytes of a request target; the answer to a longer one is 414
+MAX_HEAD = 32 * 1024  # bytes of a request head; the answer to a longer one is 431
 MAX_TOKEN_FILE = 64 * 1024  # bytes of an ACME token's file
 MAX_LOGGED = 1000  # characters of each field of a log line
 
@@ -396,7 +399,7 @@ LOOP = (
     "redirect loop: a proxy says that this request came over HTTPS; "
     "forward HTTPS to the application, and only plain HTTP to this redirect"
 )
-API = "this API is HTTPS only: any secret in this request was sent in clear"
+API = "this API is HTTPS only: any secret in this request was sent in the clear"
 ACME_PREFIX = "/.well-known/acme-challenge/"
 
 # RFC 9110 section 5.6.2: token = 1*tchar.  No method in use has more than 20 characters.
@@ -409,7 +412,8 @@ REQUEST_LINE = rf"(?:\r\n)?({METHOD}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n"
 # RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS, and no obs-fold.
 WHOLE_HEAD = re.compile(rf"{REQUEST_LINE}(?:{TCHAR}+:[\t -~\x80-\xff]*\r\n)*\r\n")
 REQUEST_LINE_BYTES = re.compile(REQUEST_LINE.encode("latin-1"))
-# How a proxy that has ended TLS says so; the first element counts, it is the browser's.
+# How a proxy that has terminated TLS says so.  The first element of a list counts: it is about
+# the browser's connection.
 LOOP_SIGNS = {
     "x-forwarded-proto": re.compile(r"(?i)(https|wss)[\t ]*(,|$)"),
     "cloudfront-forwarded-proto": re.compile(r"(?i)https$"),
@@ -418,21 +422,21 @@ LOOP_SIGNS = {
     "front-end-https": re.compile(r"(?i)on$"),  # Microsoft's own, for Outlook Web Access
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
-# The fields that an answer depends on, and those of a log line.  A line that begins with another
-# letter is none of them, which the lookahead finds out at once.
+# The fields that an answer depends on, and those of a log line.  The lookahead skips at once each
+# line that begins with any other letter.
 FIELD_NAMES = ["host", "connection", "content-length", "transfer-encoding", *LOOP_SIGNS]
 FIELD_NAMES += ["referer", "user-agent"]
 INITIALS = "".join(sorted({name[0] + name[0].upper() for name in FIELD_NAMES}))
 FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
-# What a log line has as \xHH: all but printable ASCII, and quotes and backslashes.
+# What a log line writes as \xHH: all but printable ASCII, and quotes and backslashes.
 LOG_ESCAPES = {
     code: f"\\x{code:02X}" for code in range(256) if not re.match(r"[ !#-\[\]-~]", chr(code))
 }
 NOT_LOGGABLE = bytes(LOG_ESCAPES)
 
-# What is wrong with a head: the first pattern that matches tells.  The last one always does.
+# What is wrong with a head: the first pattern that matches decides, and the last always matches.
 FAULTS = [
     (re.compile(pattern, re.DOTALL), status, reason)
     for pattern, status, reason in (
@@ -452,7 +456,7 @@ FAULTS = [
 
 
 class Refusal(Exception):
-    """A request that gets an error: Refusal(status, reason); the reason never quotes it."""
+    """The answer is an error: Refusal(status, reason).  The reason never quotes the request."""
 
 
 class Request(NamedTuple):
@@ -468,7 +472,7 @@ class Request(NamedTuple):
 class Answer(NamedTuple):
     """The answer to one request head."""
 
-    response: bytes  # b"": close without a word
+    response: bytes  # b"": close without an answer
     status: int
     location: str
     target: str  # path and query that were asked for, "" where the request was refused early
@@ -487,7 +491,7 @@ def log_escape(text: str, most: int = MAX_LOGGED) -> str:
 def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str:
     """Return a line of the Combined Log Format, from the request line on."""
     logged = f"{line}{referer}{agent}".encode("latin-1")
-    # Mostly there is nothing to escape, and translate() tells that faster than a pattern.
+    # Usually there is nothing to escape, and translate() finds that out faster than a pattern.
     if len(logged.translate(None, NOT_LOGGABLE)) < len(logged) or len(logged) > MAX_LOGGED:
         line, referer, agent = log_escape(line), log_escape(referer), log_escape(agent)
     return f'"{line}" {status} {size} "{referer}" "{agent}"'
@@ -496,7 +500,8 @@ def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str
 def read_fields(text: str) -> Dict[str, str]:
     """Return the fields of a head that an answer depends on, their names in lower case.
 
-    Several of one name make a list (RFC 9110 section 5.3): two Host fields are not a valid name.
+    Several of one name are joined into a list (RFC 9110 section 5.3), so two Host fields are not
+    a valid server name.
     """
     fields: Dict[str, str] = {}
     for name, value in FIELD.findall(text):
@@ -524,7 +529,7 @@ def has_body(fields: Dict[str, str]) -> bool:
 
 
 def is_loop(fields: Dict[str, str]) -> bool:
-    """Return whether a proxy says that it has ended TLS: a redirect would come back here."""
+    """Return whether a proxy says that it has terminated TLS: a redirect would come back here."""
     if LOOP_SIGNS.keys().isdisjoint(fields):
         return False
     return any(sign.match(fields.get(name, "")) for name, sign in LOOP_SIGNS.items())
@@ -542,7 +547,7 @@ def effective_target(method: str, host: str, target: str) -> Tuple[str, str]:
         absolute = ABSOLUTE_FORM.fullmatch(target)
         if not absolute:
             raise Refusal(400, "request target is not a path")
-        if absolute.group(1):  # RFC 9110 section 7.4: an https URI wants a secure connection
+        if absolute.group(1):  # RFC 9110 section 7.4: an https URI needs a secure connection
             raise Refusal(421, LOOP)
         # RFC 9112 section 3.2.2: its authority replaces the Host field.
         host, target = server_name(absolute.group(2)), absolute.group(3)
@@ -566,8 +571,8 @@ def read_request(head: str, fields: Dict[str, str]) -> Request:
     if method in ("CONNECT", "TRACE"):
         raise Refusal(405, f"{method} is not allowed")
     name, target = effective_target(method, name, target)
-    # A body is never read as such, so it can never be taken for a request: the connection ends
-    # after the answer.  So it does for HTTP/1.0, and where "close" is a part of another option.
+    # A body is never read as such.  The connection ends after the answer, so that no body can be
+    # taken for a request.  It also ends for HTTP/1.0, and if "close" is part of another option.
     close = body or minor == "0" or "close" in fields.get("connection", "").lower()
     return Request(method, name, target, body, close)
 
@@ -602,7 +607,7 @@ def decide(
 
 
 def page(status: int, location: str, message: str) -> str:
-    """Return a page of HTML; the message is our own words."""
+    """Return an HTML page; the message is our own text, and needs no escaping."""
     title, paragraph = f"{status} {PHRASES[status]}", message
     if location:  # IIS's own words
         title = "Object moved"
@@ -618,7 +623,7 @@ def render(
     head = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\nServer: owahttps\r\n"
     if location:
         head += f"Location: {location}\r\n"
-    if status in (301, 308):  # browsers keep these without limit: a wrong one is gone in a day
+    if status in (301, 308):  # browsers cache these without limit: let a wrong one expire
         head += "Cache-Control: max-age=86400\r\n"
     if status in (204, 405):
         head += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
@@ -643,7 +648,7 @@ def answer(
     find_token: Callable[[str], Optional[bytes]] = no_token,
     last: bool = False,
 ) -> Answer:
-    """Answer one request head: a whole one, or one that is_refused_early().
+    """Answer one request head: a whole one, or one for which is_refused_early() is true.
 
     date        the Date field, the first of dates()
     find_token  returns the file of an ACME token, or None
@@ -667,11 +672,11 @@ def answer(
         status, refusal = refused.args
     if refusal:
         message, more_to_come, close = refusal, True, True
-    # Long ones are rarely asked for twice, and would fill the memory.
+    # Long ones are rarely asked for twice, and would fill up the memory.
     find_response = shared_render if len(location) + len(message) < 300 else render
     head_only = line.startswith("HEAD ")
     response, size = find_response(status, location, message, head_only, close, date)
-    if text.startswith("\x16"):  # TLS: it would not be understood
+    if text.startswith("\x16"):  # a TLS client would not understand it
         response = b""
     referer, agent = fields.get("referer") or "-", fields.get("user-agent") or "-"
     log = log_line(line, status, size, referer, agent)
@@ -679,9 +684,9 @@ def answer(
 
 
 def is_refused_early(partial: bytes) -> bool:
-    """Return whether a head that has come in part is refused already.
+    """Return whether a head that has come only in part is already refused.
 
-    Its client gets an error at once, and not a closed connection at the deadline.
+    Its client gets an error at once, instead of a closed connection at the deadline.
     """
     if partial.startswith(b"\x16") or len(partial) > MAX_HEAD:
         return True
@@ -693,7 +698,7 @@ def is_refused_early(partial: bytes) -> bool:
 
 
 def head_end(data: bytes) -> int:
-    """Return the length of the first head in these bytes, 0 while it is not whole.
+    """Return the length of the first head in these bytes, 0 while it is incomplete.
 
     A head that is refused already counts as whole.
     """
@@ -712,7 +717,7 @@ def open_nonblocking(fd: int) -> int:
     """Return a non-blocking file descriptor of our own for the terminal behind this one.
 
     When a terminal has room for only a part of what is written, write() waits for the rest,
-    whatever poll() said.  To make `fd` itself non-blocking would change it for the shell too.
+    whatever poll() said.  Making `fd` itself non-blocking would change it for the shell too.
     """
     with contextlib.suppress(OSError):
         if os.isatty(fd):
@@ -723,7 +728,7 @@ def open_nonblocking(fd: int) -> int:
 class Log:
     """Writes lines to a file descriptor without making the server wait.
 
-    write(line) takes a line that ends in a newline; flush() writes the lines that have gathered.
+    write(line) takes a line that ends in a newline; flush() writes the lines taken so far.
 
     A regular file is written directly.  For a pipe, a socket or a terminal, poll() tells before
     each write whether it accepts PIPE_BUF bytes.  While it does not (a reader that stalls,
@@ -731,7 +736,7 @@ class Log:
     closed pipe loses lines too.  tell(text) is called at the first error, and with the number of
     lost lines when writing works again, or at the end.
 
-    Windows has no poll() for files: there a paused console makes the server wait.
+    Windows has no poll() for files, so a paused console makes the server wait there.
     """
 
     max_waiting = 1 << 20  # bytes
@@ -742,7 +747,7 @@ class Log:
         self.waiting = b""  # what is not written yet
         self.within_line = False  # whether the last write ended within a line
         self.faulty = False  # whether the last write failed
-        self.lost = 0  # lines that tell() has not heard of
+        self.lost = 0  # lines that tell() has not reported
         self.poll: Any = None
         if hasattr(select, "poll") and not stat.S_ISREG(os.fstat(fd).st_mode):
             self.fd = open_nonblocking(fd)
@@ -788,9 +793,9 @@ class Log:
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
-        """Lose what waits, but for the end of a line that was written in part."""
+        """Discard what waits; leave only a newline, to end a line that was written in part."""
         if not self.faulty:
-            self.tell(f"the log cannot be written, redirects go on without it: {error.strerror}")
+            self.tell(f"the log cannot be written; redirects go on without it: {error.strerror}")
         self.faulty = True
         # A newline at the very beginning only ends a line that is already written.
         self.lost += self.waiting.lstrip(b"\n").count(b"\n")
@@ -801,7 +806,7 @@ class Log:
         self.lost = 0
 
     def close(self) -> None:
-        """Write what is left, but do not wait for a reader that stalls."""
+        """Write what is left, but do not wait long for a reader that stalls."""
         self.flush()
         if self.waiting and self.poll is not None and self.poll.poll(500):
             self.flush()
@@ -834,8 +839,8 @@ def error_line(client: str, text: str) -> str:
 #   READING    waits for a request, or for the rest of its head
 #   WRITING    waits until the client takes more: there are bytes to send, or whole requests left
 #              to answer after its max_replies of this turn
-#   DRAINING   its last answer is sent, but the client may still be sending.  To close now would
-#              reset the connection, and the client would lose the answer.  Reads and drops.
+#   DRAINING   its last answer is sent, but the client may still be sending.  Closing now would
+#              reset the connection, and the client would lose the answer.  Reads and discards.
 #   DONE       the server closes the socket at the end of the batch
 #
 #   READING <-> WRITING                    while there are requests
@@ -848,19 +853,19 @@ def error_line(client: str, text: str) -> str:
 #
 # Each wait has a deadline: for a whole head, however slowly it comes; from an answer to the next
 # request; for the client to take its answers; for the drain.  Deadlines use time.monotonic(); the
-# wall clock serves only the Date field and the logs.
+# wall clock is used only for the Date field and the logs.
 #
 # The server keeps its open connections in the order of their last progress.  When there are more
-# than max_connections, it closes the one without progress for the longest time.  When they hold
-# more than max_bytes, it closes some of those that hold bytes, in the same order.  When file
-# descriptors run out, it closes one for the next client; when another resource runs out, it stops
-# accepting for 10 ms.  An exception in one connection closes only that connection.
+# than max_connections, it closes the one that has made no progress for the longest time.  When
+# they hold more than max_bytes, it closes some of those that hold bytes, in the same order.  When
+# file descriptors run out, it closes one for the next client; when another resource runs out, it
+# stops accepting for 10 ms.  An exception in one connection closes only that connection.
 #
 # A new client is served as soon as it is accepted.  Most requests are answered and closed in that
 # same step, and the selector never hears of them.  TCP_DEFER_ACCEPT, where there is one, keeps a
 # client that says nothing in the kernel, and saves a quarter of the time for the others.
 #
-# Why not asyncio or threads: they take three to six times the processor time for each request.
+# Why not asyncio or threads: they need three to six times the processor time for each request.
 # Why not logging: its handlers wait for a reader that stalls.
 
 READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
@@ -870,10 +875,10 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
     """Return the file of an ACME token, None where there is none.
 
     certbot --webroot writes FOLDER/.well-known/acme-challenge/TOKEN, acme-tiny and dehydrated
-    write FOLDER/TOKEN.  It must be a regular file, not a link, of at most 64 KiB.
+    write FOLDER/TOKEN.  It must be a regular file, not a link, and at most MAX_TOKEN_FILE long.
     """
     for path in (folder + ACME_PREFIX + token, os.path.join(folder, token)):
-        # Neither a link nor a FIFO may be opened, should one replace the file after lstat().
+        # Should a link or a FIFO replace the file after lstat(), open() neither follows nor waits.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_BINARY", 0)
         with contextlib.suppress(OSError):
@@ -887,7 +892,7 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
 
 
 def client_host(client_address: Any) -> str:
-    """Return the address of a client as logs have it."""
+    """Return the address of a client as the logs show it."""
     host = str(client_address[0])
     return host[7:] if host.startswith("::ffff:") else host  # IPv4 on an IPv6 socket
 
@@ -899,7 +904,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
     RedirectServer's sockets do not block: it calls receive(), reply() and send() itself.
 
     The server's `access_log` and `error_log`, where it has them, get lines by write(str).
-    parse_request() is not used: it decodes, and takes a lone CR for the end of a line.
+    parse_request() is not used: it decodes, and treats a lone CR as the end of a line.
     send_error() and the other methods that write to `wfile` do not work here.
     """
 
@@ -909,8 +914,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
     drain_seconds = 5.0  # for what the client still sends after its last answer
     max_drained = 32 * 1024 * 1024  # bytes of that
     max_received = 8192  # bytes in one step
-    max_replies = 2  # in one step: others have a turn before the next ones
-    max_outgoing = 64 * 1024  # bytes; beyond, the client has to take some first
+    max_replies = 2  # in one step: other connections have their turn before the next ones
+    max_outgoing = 64 * 1024  # bytes; beyond that, the client has to take some first
 
     def setup(self) -> None:
         self.rule = getattr(self.server, "rule", None) or self.rule
@@ -923,11 +928,11 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.outgoing = b""  # not sent yet
         self.between_requests = False  # whether the next byte begins a new head
         self.last = getattr(self.server, "stopping", False)  # whether the next answer is the last
-        self.close_connection = False  # whether it was
-        self.may_send_more = False  # whether the client may still be sending then
+        self.close_connection = False  # whether the last answer has been made
+        self.may_send_more = False  # whether the client may still be sending after it
         self.drained = 0  # bytes
         self.registered = 0  # the event that the server's selector waits for
-        self.held = 0  # bytes, as the server has counted them
+        self.held = 0  # bytes in `incoming` and `outgoing` when the server last counted them
 
     def finish(self) -> None:
         """Leave the socket to the server, which closes it."""
@@ -955,7 +960,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
             data = self.request.recv(self.max_received)
         except BlockingIOError:
             return
-        except OSError:  # it is gone, or too slow for a blocking socket
+        except OSError:  # the client is gone, or too slow for a blocking socket
             data = b""
         if not data:
             self.state = DONE
@@ -1076,8 +1081,8 @@ class AnyFamilyServer(HTTPServer):
             self.socket.setsockopt(level, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        # Accepted sockets inherit it.  Else Nagle's algorithm and delayed acknowledgement make
-        # answers to pipelined requests wait 40 ms.
+        # Accepted sockets inherit it.  Without it, Nagle's algorithm and delayed acknowledgement
+        # make answers to pipelined requests wait 40 ms.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Not HTTPServer's: it asks the DNS for a name, which can take seconds.
         TCPServer.server_bind(self)
@@ -1193,8 +1198,8 @@ class RedirectServer(AnyFamilyServer):
 
     def turn(self, timeout: float) -> None:
         """Wait for events, at most this many seconds, and serve them."""
-        # Taken before the wait: after a suspension, what has arrived is read before anything is
-        # called overdue.
+        # Taken before the wait: after the machine was suspended, what has arrived is read before
+        # anything counts as overdue.
         now = time.monotonic()
         try:
             events = self.selector.select(max(0, min(timeout, self.next_sweep - now)))
@@ -1220,8 +1225,9 @@ class RedirectServer(AnyFamilyServer):
     def batches(self, ready: List[RedirectHandler], now: float) -> Iterator[List[RedirectHandler]]:
         """Divide the handlers that are ready into those that take their steps together.
 
-        A client that sends hundreds of requests at once can be sent to all the time.  Of such
-        connections only some are served in a turn, those with the earliest deadlines.
+        The socket of a client that sends hundreds of requests at once is writable nearly all the
+        time.  Only some of those connections are served in a turn: the ones whose deadlines are
+        earliest.
         """
         chosen = [handler for handler in ready if handler.state != WRITING]
         if len(chosen) < len(ready):
@@ -1234,7 +1240,7 @@ class RedirectServer(AnyFamilyServer):
             yield chosen[start : start + self.max_batch]
 
     def sweep(self, now: float) -> None:
-        """Drop connections that are overdue, a few at a time: others do not wait for a crowd."""
+        """Drop overdue connections, a few at a time, so that others do not wait for a crowd."""
         overdue = [handler for handler in self.connections if handler.deadline < now]
         self.next_sweep = now if len(overdue) > self.max_overdue else now + self.sweep_seconds
         for handler in overdue[: self.max_overdue]:
@@ -1313,10 +1319,10 @@ class RedirectServer(AnyFamilyServer):
                 self.handle_error(handler.request, handler.client_address)
                 self.drop(handler)
                 handlers.remove(handler)
-        self.flush_logs()  # batch by batch: a pipe does not take the lines of a flood at once
+        self.flush_logs()  # after each batch: a pipe cannot take all lines of a flood at once
 
     def settle(self, handler: RedirectHandler) -> None:
-        """Close a connection that is done; keep account of another one."""
+        """Close a connection that is done; for any other, update the server's accounts."""
         if handler.state == DONE:
             self.drop(handler)
             return
@@ -1349,7 +1355,7 @@ class RedirectServer(AnyFamilyServer):
                 self.drop(handler)
 
     def drop(self, handler: RedirectHandler) -> None:
-        """Close a connection; its bytes are free at once.  To drop one twice does no harm."""
+        """Close a connection; its bytes are free at once.  Dropping one twice does no harm."""
         handler.state, handler.incoming, handler.outgoing = DONE, b"", b""
         if handler.registered:
             handler.registered = 0
@@ -1379,7 +1385,7 @@ class RedirectServer(AnyFamilyServer):
 
 
 class Part(NamedTuple):
-    """A part of a recipe: its name and text, and the file that it is ("": it is no file)."""
+    """A part of a recipe: its name, its text, and its file name ("": it is not a file)."""
 
     name: str
     text: str
@@ -1426,7 +1432,7 @@ ARTICLE_STEPS = """\
 IIS_6_STEPS = """\
     On IIS 6.0 (labels not verified) the site is below Web Sites. Before step 18, allow Active
     Server Pages under Web Service Extensions, and make Owaasp an application in the application
-    pool of the {folder} folder, else IIS answers 403.18 (KB 842429).
+    pool of the {folder} folder; otherwise IIS answers 403.18 (KB 842429).
 """
 
 ARTICLE_UNDO = """\
@@ -1436,15 +1442,16 @@ it was not set). Clear what you selected in step 13. Do steps 16 and 17. Delete 
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """Return a text in lines that fit a terminal, with these indents; no name is broken."""
-    lines = textwrap.TextWrapper(
+    """Return a text in lines that fit a terminal, with these indents; no word is broken."""
+    lines = textwrap.fill(
+        text,
         width=98,
         initial_indent=first,
         subsequent_indent=rest,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return lines.fill(text) + "\n"
+    return lines + "\n"
 
 
 def bullets(notes: Iterable[str]) -> str:
@@ -1453,7 +1460,7 @@ def bullets(notes: Iterable[str]) -> str:
 
 
 def asp_page(rule: RedirectRule, port: int = 80) -> str:
-    """Return the article's Owahttps.asp for this rule: to the letter, for the default rule.
+    """Return the article's Owahttps.asp for this rule; for the default rule, to the letter.
 
     Raises RuleError where the page cannot express the rule.
     """
@@ -1505,9 +1512,9 @@ def article_notes(version: int, rule: RedirectRule, port: int) -> str:
             "SERVER_NAME is what the user typed. A certificate may not name it: see --host."
         )
     notes += [
-        f"Deep links are lost: everybody lands on {rule.path}. A posted form has crossed in clear.",
+        f"Deep links are lost: everyone lands on {rule.path}. A posted form was sent in the clear.",
         f"http://{rule.host or 'HOST'}/ itself is not redirected: Q319878 does that.",
-        "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
+        "Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.",
         "Exchange copies settings from Active Directory (KB 294280): test again after 15 minutes.",
     ]
     if version == 2003:
@@ -1549,8 +1556,8 @@ def article_recipe(version: int, rule: RedirectRule, port: int) -> List[Part]:
 
 # ---- The stub ------------------------------------------------------------------------
 
-# Only for loopback addresses: anyone can read this key.  The certificate is not a CA: to trust it
-# is to trust it for localhost only.  It was made by:
+# Only for loopback addresses: anyone can read this key.  The certificate is not a CA: trusting it
+# means trusting it for localhost only.  It was made by:
 #   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout - \
 #     -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 \
 #     -not_before 20000101000000Z -not_after 99991231235959Z \
@@ -1601,7 +1608,7 @@ STUB_PAGE = """\
 """
 
 
-Story = List[Tuple[str, str]]  # what happened: a sentence and its detail each
+Story = List[Tuple[str, str]]  # what happened: sentences, each with its detail
 
 
 class StubHandler(BaseHTTPRequestHandler):
@@ -1646,12 +1653,12 @@ class StubHandler(BaseHTTPRequestHandler):
 
 
 class ThreadingServer(ThreadingMixIn, AnyFamilyServer):
-    """A thread for each connection, as browsers open some that they do not use."""
+    """A thread for each connection, because browsers open some that they do not use."""
 
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a browser that does not trust the certificate breaks off, and asks."""
+        """Say nothing: a browser that does not trust the certificate breaks off to ask its user."""
 
 
 def pem_trouble(error: OSError) -> str:
@@ -1665,7 +1672,7 @@ class StubServer(ThreadingServer):
     """An HTTPS server with this certificate and key, or with the embedded ones on loopback.
 
     story(host) returns what happened before, for the page at this Host; tell(line) hears of each
-    request.  RuleError for a certificate that cannot be used.
+    request.  Raises RuleError for a certificate that cannot be used.
     """
 
     def __init__(
@@ -1692,8 +1699,8 @@ class StubServer(ThreadingServer):
     def use_embedded_certificate(self, host: str) -> None:
         if host != "localhost" and not (is_address(host) and ip_address(host).is_loopback):
             raise RuleError(f"{host!a} is not a loopback address: everybody has the embedded key")
-        # A fine HTTPS site has it.  For a minute only: else who trusts the certificate could not
-        # open the demo's plain HTTP any more.
+        # A good HTTPS site sends it.  Here it lasts only a minute: otherwise a browser that trusts
+        # the certificate could no longer open the demo's plain HTTP.
         self.fields = [("Strict-Transport-Security", "max-age=60")]
         with tempfile.TemporaryDirectory() as folder:  # ssl takes a key only from a file
             name = os.path.join(folder, "stub.pem")
@@ -1710,7 +1717,7 @@ class StubServer(ThreadingServer):
 
 @contextlib.contextmanager
 def running(server: HTTPServer) -> Iterator[Address]:
-    """Serve from a thread; gives the server's address."""
+    """Serve from a thread; the context's value is the server's address."""
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
     )
@@ -1719,17 +1726,18 @@ def running(server: HTTPServer) -> Iterator[Address]:
         yield server.server_address[:2]  # type: ignore[misc]
     finally:
         server.shutdown()
+        thread.join()  # serve_forever() may not even have begun
         server.server_close()
 
 
 # ---- The self-test -------------------------------------------------------------------
 
-# Not http.client: it takes a line with a blank before its colon for the end of the head, skips
-# interim answers, and reads without one deadline for all.  This reads as browsers do, what does
-# not belong into an answer is left over, and the check of part two uses it as well.
+# Not http.client: it treats a line with a blank before its colon as the end of the head, skips
+# interim answers, and has no single deadline for a whole answer.  This reads as browsers do, and
+# leaves over what does not belong to an answer.  The check of part two uses it as well.
 
-# As lenient as browsers are: letters in any case, empty lines before it, any version, more blanks,
-# and none after the status.
+# As lenient as browsers are: letters in any case, empty lines before it, any version, more blanks
+# than one, and none after the status.
 STATUS_LINE = re.compile(rb"(?i)[\r\n]{0,4}HTTP/[0-9.]+ +([1-5][0-9][0-9])(?: [^\n]*)?\r?\n")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 
@@ -1740,7 +1748,7 @@ class Response(NamedTuple):
     status: int
     fields: List[Tuple[str, str]]  # names in lower case, values without the blanks around them
     body: bytes
-    complete: bool  # whether the body has come whole; False where only the connection's end tells
+    complete: bool  # whether the body is known to be whole; not if only a close ends it
 
     def values(self, name: str) -> List[str]:
         return [value for key, value in self.fields if key == name]
@@ -1751,7 +1759,7 @@ class Response(NamedTuple):
 
 
 def read_field_lines(lines: List[str]) -> List[Tuple[str, str]]:
-    """Take field lines apart; a folded line goes on with a blank (RFC 9112 section 5.2)."""
+    """Take field lines apart; a fold is replaced with a blank (RFC 9112 section 5.2)."""
     fields: List[Tuple[str, str]] = []
     for line in lines:
         name, colon, value = line.partition(":")
@@ -1770,9 +1778,9 @@ def read_chunks(data: bytes) -> Tuple[bytes, bytes, bool]:
         line, end, rest = data.partition(b"\n")
         size_text = line.partition(b";")[0].strip()
         if not end or not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text):
-            return body, b"" if not end else data, False
+            return body, data if end else b"", False
         size = int(size_text, 16)
-        if size == 0:  # then trailer fields, of which we want none
+        if size == 0:  # trailer fields may follow, which are skipped
             _, end, rest = (b"\n" + rest).partition(b"\n\r\n")
             return body, rest, bool(end)
         body += rest[:size]
@@ -1813,10 +1821,10 @@ def converse(
     enough: Callable[[bytes], bool] = lambda data: False,
     most: int = 64 * 1024,
 ) -> Tuple[bytes, Optional[OSError]]:
-    """Send a request, and receive until it is enough, the other side closes, or the deadline.
+    """Send a request, and receive until enough(data), until the other side closes, or the deadline.
 
-    deadline is a time.monotonic().  Returns what came, at most some more than `most` bytes, and
-    the error that ended it, such as socket.timeout at the deadline.
+    deadline is a value of time.monotonic().  Receives no more after `most` bytes.  Returns what
+    came, and the error that ended it, such as socket.timeout at the deadline.
     """
     data = b""
     try:
@@ -1838,21 +1846,21 @@ def converse(
 
 # ---- The self-test: its cases --------------------------------------------------------
 
-# A case is one request, sent byte for byte, and the answers to it that are right.  Its level says
-# what a failure means, so that no decision of ours is called the fault of another server:
+# A case is one request, sent byte for byte, and the right answers to it.  Its level says what a
+# failure means, so that a server is not blamed for deciding otherwise than we do:
 #
 #   safe   an attack works: a Location leads to the attacker's host, or a byte of the request has
 #          begun a field of the answer
 #   must   a MUST of an RFC is broken; the case names the section
 #   own    the server decides otherwise than we do, where the RFCs leave the choice
 #
-# The attacker's host is evil.example.  No request names it validly, so an answer that leads there
-# is unsafe, whatever its case is about.
+# The attacker's host is evil.example.  No request names it in a valid way, so an answer that leads
+# there is unsafe, whatever its case is about.
 SAFE, MUST, OWN = "safe", "must", "own"
 MAIL = "mail.example.com"
 EVIL = "evil.example"
 GET = "GET / HTTP/1.1"
-# What a MUST asks for can be less than one certain answer.
+# What a MUST asks for can be less than one particular answer.
 REFUSED = "a refusal"  # an error without a Location, or a connection that is closed
 ACCEPTED = "an error other than 400"  # which understands the request, and says no
 CLOSED = "closed"  # without an answer
@@ -1869,7 +1877,7 @@ class Case(NamedTuple):
     reference: str  # the RFC's section, the advisory, or what else the case comes from
     what: str
     request: bytes
-    right: Tuple[str, ...] = ()  # none: every answer that is not unsafe
+    right: Tuple[str, ...] = ()  # if empty, every answer that is not unsafe
     field: str = ""  # a field of the answer ...
     value: Optional[str] = None  # ... and what it must say; None: it must not be there
 
@@ -1881,7 +1889,7 @@ def head_of(line: str, *fields: str, host: str = MAIL, connection: str = "close"
 
 
 def case(level: str, id: str, reference: str, what: str, request: bytes, *right: str) -> Case:
-    """Make a case; without a right answer, every one passes that is not unsafe."""
+    """Make a case; if no right answer is given, every answer that is not unsafe passes."""
     return Case(id, level, reference, what, request, right)
 
 
@@ -1908,8 +1916,8 @@ def host_case(level: str, id: str, reference: str, host: str, *right: str) -> Ca
 def redirect_by(rule: RedirectRule, name: str = MAIL, path: str = "/", kept: bool = False) -> str:
     """Return the right answer to a request for this name and path, as describe() writes it.
 
-    It is put together here, and not by the rule that is under test.  `kept` says that every rule
-    keeps this path.
+    It is put together here, and not by the rule, which is under test.  `kept` says that every
+    rule keeps this path.
     """
     if rule.allow_hosts and name not in rule.allow_hosts:
         return "421"
@@ -1927,8 +1935,8 @@ def method_cases(rule: RedirectRule) -> List[Case]:
     expect = ("Expect: 100-continue", "Content-Length: 9")
     put = head_of("PUT / HTTP/1.1", *expect)
     put_10 = head_of("PUT / HTTP/1.0", *expect) + b"123456789"
-    what = "no 100 that invites the body, which is in clear"
-    hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in clear", get)
+    what = "no 100 that invites the body, which is in the clear"
+    hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in the clear", get)
     # Browsers keep a permanent redirect that is wrong, until its lifetime ends.
     day = case(OWN, "permanent-for-a-day", "browsers", "a lifetime of a day", get, home)
     lifetime = "max-age=86400" if rule.status in (301, 308) else None
@@ -1959,7 +1967,7 @@ def host_cases(rule: RedirectRule) -> List[Case]:
     ipv4, ipv6 = redirect_by(rule, "192.0.2.7"), redirect_by(rule, "[2001:db8::1]")
     punycode = redirect_by(rule, "xn--bcher-kva.example")
     in_capitals = head_of(GET).replace(b"Host", b"HOST")
-    # The others name no server; none of them is an allowed name either.
+    # The hosts with these answers are not server names, and so not allowed names either.
     no = ("400", "421") if rule.allow_hosts else ("400",)
     return [
         host_case(OWN, "port", "RFC 9110 7.2", f"{MAIL}:8080", home),
@@ -1991,7 +1999,7 @@ def host_cases(rule: RedirectRule) -> List[Case]:
 def invalid_host_cases() -> List[Case]:
     """Return the cases about Host fields that are not in the grammar.
 
-    Some of them lead to evil.example, where they are put into a Location.
+    Some of them would lead to evil.example if they were put into a Location.
     """
     return [
         host_case(SAFE, "userinfo", "CVE-2026-34835", f"{MAIL}@{EVIL}"),
@@ -2016,7 +2024,7 @@ def invalid_host_cases() -> List[Case]:
         host_case(MUST, "ipv6-without-brackets", "RFC 9112 3.2", "2001:db8::1", "400"),
         host_case(MUST, "ipv6-two-gaps", "RFC 9112 3.2", "[1::2::3]", "400"),
         host_case(MUST, "ipv6-open", "RFC 9112 3.2", "[2001:db8::1", "400"),
-        # A server refuses these three, or puts a space in their place: then Host is invalid.
+        # A server must refuse these three, or put a space in their place: then Host is invalid.
         host_case(MUST, "folded", "RFC 9112 5.2", f"{MAIL}\r\n @{EVIL}", "400"),
         host_case(MUST, "bare-cr", "RFC 9112 2.2", f"{MAIL}\rEvil: 1", REFUSED),
         host_case(MUST, "nul", "RFC 9110 5.5", f"{MAIL}\0.{EVIL}", REFUSED),
@@ -2024,7 +2032,7 @@ def invalid_host_cases() -> List[Case]:
 
 
 def host_line_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about no Host, two of them, and one that is not a whole line."""
+    """Return the cases about a missing Host field, two of them, and a blank beside its name."""
     none = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
     none10 = b"GET / HTTP/1.0\r\n\r\n"
     right10 = redirect_by(rule, rule.host) if rule.host else "400"
@@ -2071,7 +2079,7 @@ def field_cases(rule: RedirectRule) -> List[Case]:
 
 
 def version_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about what does not begin as an HTTP/1.1 request."""
+    """Return the cases about what does not begin like an HTTP/1.1 request."""
     home = redirect_by(rule)
     wrong = ("400", "505")
     http2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -2178,7 +2186,7 @@ def absolute_form_cases(rule: RedirectRule) -> List[Case]:
         get_case(OWN, "absolute-form-path", "RFC 9112 3.2.2", f"HTTP://{MAIL}/a?b", path),
         get_case(OWN, "absolute-form-root", "RFC 9110 4.2.3", f"http://{MAIL}", home),
         get_case(OWN, "absolute-form-refused", "RFC 9110 4.2.4", user, "400"),
-        # A proxy has ended TLS, and the browser has asked for this URI: a redirect would loop.
+        # A proxy has terminated TLS, and the browser has asked for this URI: a redirect would loop.
         get_case(OWN, "absolute-form-https", "RFC 9110 7.4", f"https://{MAIL}/", "421"),
         get_case(OWN, "absolute-form-ftp", "RFC 9112 3.2.2", f"ftp://{MAIL}/", "400"),
         get_case(SAFE, "absolute-form-no-host", "RFC 9110 4.2.1", f"http:///{EVIL}/"),
@@ -2189,7 +2197,7 @@ def absolute_form_cases(rule: RedirectRule) -> List[Case]:
 
 
 def target_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about request targets that are no paths, and about long heads."""
+    """Return the cases about request targets that are not paths, and about long heads."""
     path = "/" + "a" * 7900
     same = redirect_by(rule, path=path)
     long, too_long = head_of(f"GET {path} HTTP/1.1"), head_of(f"GET /{'a' * 100000} HTTP/1.1")
@@ -2234,7 +2242,7 @@ def path_attack_cases() -> List[Case]:
 
 
 def path_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about a path that is kept: it stays the same, and is a URI's."""
+    """Return the cases about a path that is kept: it stays the same, and is valid in a URI."""
 
     def same(id: str, reference: str, path: str, kept: str = "") -> Case:
         right = redirect_by(rule, path=kept or path)
@@ -2319,7 +2327,7 @@ def option_cases(rule: RedirectRule) -> List[Case]:
     if rule.allow_hosts:
         other = head_of(GET, host="not-allowed.example")
         suffix = head_of(GET, host=f"{EVIL}#.{MAIL}")
-        what = "a name that ends as an allowed one does"
+        what = "a name that ends like an allowed one"
         table += [
             case(OWN, "not-allowed", "RFC 9110 15.5.20", "a name not allowed", other, "421"),
             case(SAFE, "not-allowed-fragment", "CVE-2021-22881", what, suffix),
@@ -2341,7 +2349,7 @@ def option_cases(rule: RedirectRule) -> List[Case]:
 
 
 def cases(rule: RedirectRule, word: str = "") -> List[Case]:
-    """Return the cases that say something about a server with this rule, and have this word."""
+    """Return the cases that apply to a server with this rule, and contain this word."""
     all_cases = [
         *method_cases(rule),
         *host_cases(rule),
@@ -2362,7 +2370,7 @@ def cases(rule: RedirectRule, word: str = "") -> List[Case]:
     return [one for one in all_cases if word in one.id or word in one.what]
 
 
-# ---- The self-test: what has come ----------------------------------------------------
+# ---- The self-test: what came back ---------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -2398,7 +2406,7 @@ def leads_to(location: str) -> str:
 
 
 def attack_in(answer: Response) -> str:
-    """Return how an attack works by this answer, "" where none does."""
+    """Return how this answer makes an attack work, "" if it does not."""
     locations = answer.values("location")
     if answer.values("evil"):
         return "a field that the request has written"
@@ -2442,7 +2450,7 @@ SECURE_URL = re.compile(r"https://([^/]*?)(:[0-9]*)?(/.*)?")
 
 
 def demands_met(answer: Response) -> Set[str]:
-    """Return what this answer does of the things that a MUST can ask for."""
+    """Return which of the things that a MUST can ask for are true of this answer."""
     location = answer.field("location")
     met = set()
     if answer.status >= 200:
@@ -2460,7 +2468,7 @@ def demands_met(answer: Response) -> Set[str]:
 
 
 def judge(case: Case, answers: List[Response], rest: bytes, error: Optional[OSError]) -> Result:
-    """Return what it means that these answers came to a case."""
+    """Return the result of a case that got these answers."""
     expected = " or ".join(case.right) or f"nothing that leads to {EVIL}"
     got = describe(answers, rest, error)
     met = {got}
@@ -2470,7 +2478,8 @@ def judge(case: Case, answers: List[Response], rest: bytes, error: Optional[OSEr
         met |= demands_met(answers[0])
     passed = not case.right or not met.isdisjoint(case.right)
     if case.field:
-        expected = f"{case.field}: {case.value}" if case.value else f"no {case.field}"
+        wanted = f"{case.field}: {case.value}" if case.value else f"no {case.field}"
+        expected = f"{expected}, {wanted}" if case.right else wanted
         for answer in answers:
             if answer.field(case.field) != case.value:
                 got += f", {case.field}: {answer.field(case.field)}"
@@ -2517,7 +2526,7 @@ def try_case(address: Address, case: Case, seconds: float) -> Result:
 def try_cases(
     address: Address, rule: RedirectRule, word: str = "", seconds: float = 3.0
 ) -> List[Result]:
-    """Send the cases that have this word to the server with this rule, eight at a time."""
+    """Send the cases that contain this word to the server with this rule, eight at a time."""
     from concurrent.futures import ThreadPoolExecutor  # not at the top: no other command needs it
 
     with ThreadPoolExecutor(8) as pool:
@@ -2564,7 +2573,7 @@ def try_end_to_end() -> List[Result]:
 
 
 def own_rules(acme_dir: str) -> List[RedirectRule]:
-    """Return the rules that the self-test serves; each case applies to one of them at least."""
+    """Return the rules that the self-test serves; each case applies to at least one of them."""
     every_option = RedirectRule(
         keep_path=True,
         allow_hosts=(MAIL,),
@@ -2578,7 +2587,7 @@ def own_rules(acme_dir: str) -> List[RedirectRule]:
 def try_ourselves(word: str = "") -> List[Result]:
     """Try listener and stub end to end, then the listener with each of our rules.
 
-    A case has one result: its first failure, if there is one with any of the rules.
+    A case has one result: its first failure, if it fails with any of the rules.
     """
     results = [one for one in try_end_to_end() if word in one.id or word in one.what]
     with tempfile.TemporaryDirectory() as folder:
@@ -2599,7 +2608,7 @@ def try_ourselves(word: str = "") -> List[Result]:
 
 
 class BeforeHandler(StubHandler):
-    """Plain HTTP as IIS answers it before the fix."""
+    """Answers plain HTTP as IIS does before the fix."""
 
     status, title = 403, "The page must be viewed over a secure channel"
 
@@ -2629,7 +2638,7 @@ class Demo:
 
     def __init__(self) -> None:
         self.port = 0  # of plain HTTP
-        self.untold: Optional[Answer] = None  # the redirect that the stub's page has not shown
+        self.untold: Optional[Answer] = None  # the last redirect, until the stub's page shows it
 
     def tell_plain(self, method: str, result: Answer) -> None:
         if result.location:
@@ -2773,13 +2782,13 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
             "Microsoft's own procedure differs: it redirects the existing site, and removes the"
             " redirect from each virtual directory. Here no setting of Exchange changes, so no"
             " update can undo it.",
-            "Not for a name that programs still ask for in clear: the server's own FQDN (the"
+            "Not for a name that programs still ask for in the clear: the server's own FQDN (the"
             " Exchange Management Shell opens http://FQDN/PowerShell), or the OAB's InternalUrl of"
             " 2007 and 2010.",
         ]
     notes += [
         "Click the steps or run owahttps.cmd, not both. Neither has been tested on Windows.",
-        "Not behind a load balancer that ends TLS: the redirect would loop. Redirect there.",
+        "Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.",
         "The role service HTTP Redirection must be installed: in PowerShell,"
         " Install-WindowsFeature Web-Http-Redirect.",
         "Requests for other names, and for addresses, go to the other sites as before.",
@@ -2892,7 +2901,7 @@ PROXY_FIELDS = {
 
 # Comments that several configurations have.
 LOOPS = "# A proxy that already speaks HTTPS: a redirect would loop."
-NO_REDIRECT = "# No redirect: a client of an API would send its secret in clear each time."
+NO_REDIRECT = "# No redirect: a client of an API would send its secret in the clear each time."
 LAYOUTS = "# TOKEN in the folder, or .well-known/acme-challenge/TOKEN as of certbot --webroot."
 A_DAY = "# Otherwise browsers keep it for ever, even if it was wrong."
 
@@ -3342,9 +3351,9 @@ FINDINGS = {
         "response.multiple_headers": "{url} sends several HSTS fields: browsers take the first one",
         "hsts-implemented-max-age-less-than-six-months": "{url} sends HSTS of {age} s, less than "
         "15552000 (180 days)",
-        "redirects.http.useless_header": "{url} sends HSTS in clear, where browsers ignore it",
-        "cookie-over-http": "{url} sets a cookie in clear: anyone on the way can read it",
-        "cookie-without-secure": "{url} sets a cookie without Secure: it goes in clear too",
+        "redirects.http.useless_header": "{url} sends HSTS in the clear, where browsers ignore it",
+        "cookie-over-http": "{url} sets a cookie in the clear: anyone on the way can read it",
+        "cookie-without-secure": "{url} sets a cookie without Secure: it goes in the clear too",
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
@@ -3363,7 +3372,7 @@ FINDINGS = {
         "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or redirect elsewhere",
         "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older: turn TLS 1.2 on",
         "https-misdirected": "{url} answers 421: it does not serve this name (see SNI)",
-        "redirection-missing": "{url} answers {status} in clear: redirect it to https",
+        "redirection-missing": "{url} answers {status} in the clear: redirect it to https",
         "iis-403.4": "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 "
         "(Custom Errors, 403;4) are not done",
         "iis-asp-port-test": "{url} answers an empty 200, as Owahttps.asp does on a port that it "
@@ -3373,10 +3382,10 @@ FINDINGS = {
         "redirection-not-to-https": "{url} ends at {location}: it must end on https",
         "redirects.insecure.initial": "{url} leads to plain HTTP, {location}: use https",
         "redirects.insecure.subsequent": "{url} leads back to plain HTTP, {location}: use https",
-        "redirect-loop": "{url} is redirected without end. Behind a load balancer that ends TLS, "
-        "redirect there and not on the server",
-        "proxy-loop": "{url} answers owahttps's 421: the proxy that ends TLS sends HTTPS traffic "
-        "to the redirect. Send it to the application",
+        "redirect-loop": "{url} is redirected without end. Behind a load balancer that terminates "
+        "TLS, redirect there and not on the server",
+        "proxy-loop": "{url} answers owahttps's 421: the proxy that terminates TLS sends HTTPS "
+        "traffic to the redirect. Send it to the application",
         "location-invalid": "{url} answers {status} with an invalid Location ({location}): "
         "correct it",
         "location-keeps-plain-port": "{url} keeps the plain port in {location}: drop it",

@@ -95,12 +95,16 @@ def process(*argv, shell="", **settings):
     if shell:
         words = ["sh", "-c", shell + ' exec "$@"', "sh", *words]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
-    with subprocess.Popen(words, **settings) as child:
-        try:
-            yield child
-        finally:
-            if child.poll() is None:
-                child.kill()
+    child = subprocess.Popen(words, **settings)
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+        for stream in (child.stdout, child.stderr):
+            if stream:
+                stream.close()
 
 
 def free_port():
@@ -243,6 +247,8 @@ INVALID_RULES = [
     ({"health": "/"}, "health"),
     ({"health": "/exchange"}, "health"),
     ({"api": ("/",)}, "nothing to redirect"),
+    ({"api": ("//",)}, "nothing to redirect"),
+    ({"health": None}, "health None is not text"),
     ({"api": ("a",)}, "api 'a'"),
     ({"api": "/a"}, "api '/a' is not a list"),
     ({"acme_dir": 5}, "acme_dir 5"),
@@ -2613,7 +2619,7 @@ def test_our_demo_of_403_4():
     assert code == 2 and "iis-403.4" in out and "steps 5-10 of Q279681" in out
 
 
-MISSING_TEXT = "http://localhost:PLAIN/ answers 200 in clear: redirect it to https"
+MISSING_TEXT = "http://localhost:PLAIN/ answers 200 in the clear: redirect it to https"
 QUIET_TEXT = f"critical  localhost:PLAIN: redirection-missing  {MISSING_TEXT}\n"
 WHOLE_TEXT = f"""\
 critical  localhost:PLAIN: {MISSING_TEXT}
