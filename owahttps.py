@@ -1280,7 +1280,7 @@ class RedirectServer(AnyFamilyServer):
                 self.handle_error(request, client_address)
                 self.close_request(request)
         if more and not self.accepted:
-            time.sleep(0.01)  # each try has failed: the loop would spin
+            time.sleep(0.01)  # nothing came of any try: the loop would spin
         self.serve(self.accepted)
         return more
 
