@@ -2421,6 +2421,17 @@ def attack_in(answer: Response) -> str:
     return ""
 
 
+def no_response(data: bytes) -> str:
+    """Return why read_response() finds no response in these bytes, and how they begin."""
+    if not STATUS_LINE.match(data):
+        fault = "not HTTP/1"
+    elif END_OF_HEAD.search(data):
+        fault = "a NUL in the head"
+    else:
+        fault = "a head without its end"
+    return f"{fault}: {data[:40].decode('latin-1')}"
+
+
 def describe(answers: List[Response], rest: bytes, error: Optional[OSError] = None) -> str:
     """Return what came: "STATUS Location" for each answer, and what does not belong there."""
     texts = []
@@ -2429,7 +2440,7 @@ def describe(answers: List[Response], rest: bytes, error: Optional[OSError] = No
         framed = answer.values("content-length") + answer.values("transfer-encoding")
         texts.append(f"{text} (cut off)" if framed and not answer.complete else text)
     if rest:
-        texts.append(f"no HTTP/1: {rest[:40]!a}")
+        texts.append(no_response(rest))
     if not texts:
         texts.append("no answer in time" if isinstance(error, socket.timeout) else CLOSED)
     return ", ".join(texts)
@@ -2509,7 +2520,7 @@ def try_case(address: Address, case: Case, seconds: float) -> Result:
             if not error:
                 data += converse(sock, b"", time.monotonic() + LINGER)[0]
     except OSError as refused:  # that says nothing about the case
-        got = f"no connection: {refused}"
+        got = f"no connection: {refused.strerror or refused}"
         return Result(case.id, OWN, case.reference, case.what, "a connection", got, False)
     return judge(case, *read_answers(data, head_only), error)
 
@@ -2668,11 +2679,11 @@ class Demo:
 # only IIS 10 has PermRedirect.
 
 IIS_STATUS = {301: "Permanent", 302: "Found", 307: "Temporary", 308: "PermRedirect"}
-# What RedirectRule.keeps_path() is true of, where the rule has a path.
+# The folders whose paths every rule keeps, as RedirectRule.keeps_path() does.
 IIS_MACHINE_FOLDERS = (".well-known", "autodiscover")
 
 SITE_CLICKS_UNDO = """\
-To take the clicks back: remove the site owahttps, then the application pool owahttps (IIS Manager
+To undo the clicks: remove the site owahttps, then the application pool owahttps (IIS Manager
 makes one with the site), and delete the folder.
 """
 SITE_CMD = """\
@@ -2685,9 +2696,9 @@ set "ROOT=%SystemDrive%\\inetpub\\owahttps"
 set "REDIRECT=-section:system.webServer/httpRedirect -commit:apphost -enabled:true"
 set "WHY=HTTP Redirection (Web-Http-Redirect) is not installed, or the prompt is not elevated."
 %APPCMD% list module HttpRedirectionModule >nul || goto failed
-set "WHY=The site owahttps is there already. To recreate it, run owahttps-undo.cmd first."
+set "WHY=The site owahttps exists already. To recreate it, run owahttps-undo.cmd first."
 %APPCMD% list site owahttps >nul && goto failed
-set "WHY=Stopped half-way. owahttps-undo.cmd takes back what was done."
+set "WHY=Stopped half-way. owahttps-undo.cmd undoes what was done."
 if not exist "%ROOT%" md "%ROOT%" || goto failed
 %APPCMD% add site /name:owahttps /bindings:"{bindings}" /physicalPath:"%ROOT%" || goto failed
 {settings}%APPCMD% list site owahttps
@@ -2747,7 +2758,7 @@ def refuse_what_iis_cannot(recipe: str, rule: RedirectRule) -> None:
 def site_redirects(rule: RedirectRule) -> List[Tuple[str, str, bool]]:
     """Return where in the site a redirect is set, its destination, and whether that is exact.
 
-    If it is not, IIS appends what the request's path has below the place.
+    If it is not exact, IIS appends the rest of the request's path, below that place.
     """
     origin = "https://" + rule.authority("")
     if rule.keep_path:
@@ -2770,9 +2781,9 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
     notes = []
     if recipe == "exchange":
         notes = [
-            "Microsoft's own procedure is another: it redirects the existing site, and takes that"
-            " back in each virtual directory. Here no setting of Exchange changes, so no update"
-            " undoes it.",
+            "Microsoft's own procedure differs: it redirects the existing site, and removes the"
+            " redirect from each virtual directory. Here no setting of Exchange changes, so no"
+            " update can undo it.",
             "Not for a name that programs still ask for in the clear: the server's own FQDN (the"
             " Exchange Management Shell opens http://FQDN/PowerShell), or the OAB's InternalUrl of"
             " 2007 and 2010.",
@@ -2782,10 +2793,10 @@ def site_notes(recipe: str, rule: RedirectRule) -> str:
         "Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.",
         "The role service HTTP Redirection must be installed: in PowerShell,"
         " Install-WindowsFeature Web-Http-Redirect.",
-        "Names that are not listed, and addresses, stay where they are.",
+        "Requests for other names, and for addresses, go to the other sites as before.",
     ]
     if rule.keep_path:
-        notes.append("IIS appends path and query. Whether byte for byte was not verified.")
+        notes.append("IIS appends path and query. Whether it changes any byte was not verified.")
     else:
         notes.append(
             "/.well-known/ and /autodiscover/ keep their paths: certificate authorities and Outlook"
@@ -2876,7 +2887,7 @@ def site_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 
 # The other servers.  Each has a function that yields the lines of its configuration.
 
-# What a Host may be.  Whether an address is one is not looked at: 1::2::3 passes.
+# What a Host may be.  Addresses are not examined further: 1::2::3 passes.
 ANY_HOST = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
 MACHINE_PATTERN = r"/(?:\.well-known|autodiscover)/"
 ACME_PATTERN = r"^/\.well-known/acme-challenge/([A-Za-z0-9_-]+)$"
@@ -2996,7 +3007,7 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield f"<VirtualHost *:{port}>"
     yield "    # SERVER_NAME is the Host then: in lower case, without port and last dot."
     yield "    UseCanonicalName Off"
-    yield "    # Else %2F is 404."
+    yield "    # Otherwise %2F gets 404."
     yield "    AllowEncodedSlashes NoDecode"
     if rule.status in (301, 308):
         yield f"    {A_DAY}"
@@ -3052,7 +3063,7 @@ def haproxy_host(rule: RedirectRule) -> Iterator[str]:
 
 def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("%[var(txn.host)]")
-    yield "# Where you have one already, add only the frontend to it."
+    yield "# If you have such a file already, add only the frontend to it."
     yield "global"
     yield "    user haproxy"
     yield "    group haproxy"
@@ -3146,6 +3157,9 @@ def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "}"
 
 
+# What `serve` takes unless it is told otherwise; both need file descriptors.
+MAX_CONNECTIONS = 16384  # some 45 MB, if all of them are slow
+SPARE_FILES = 64  # for files, and for clients that are being accepted
 SYSTEMD_UNIT = """\
 [Unit]
 Description=Redirect from plain HTTP to HTTPS
@@ -3187,17 +3201,15 @@ WantedBy=multi-user.target
 
 
 def systemd_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+    folder = "/" + os.path.normpath(rule.acme_dir).lstrip("/") if rule.acme_dir else ""
     for hidden in ("/home", "/root", "/tmp", "/var/tmp", "/run/user"):
-        if f"{os.path.abspath(rule.acme_dir)}/".startswith(f"{hidden}/"):
-            raise RuleError(
-                f"systemd cannot do --acme-dir {rule.acme_dir}: the unit hides {hidden}"
-            )
-    spare = 64
+        if f"{folder}/".startswith(f"{hidden}/"):
+            raise RuleError(f"systemd cannot do --acme-dir {folder}: the unit hides {hidden}")
     yield SYSTEMD_UNIT.format(
         port=port,
         options=command_options(rule),
-        spare=spare,
-        files=16384 + spare,
+        spare=SPARE_FILES,
+        files=MAX_CONNECTIONS + SPARE_FILES,
     ).rstrip("\n")
 
 
@@ -3300,10 +3312,10 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 #   2. Where does a browser land from /, from the path of the target, from the path of the rule,
 #      and from a deep link?  Every hop is followed here.  Each of the four begins without
 #      cookies, and the same URL with the same cookies is asked for once.
-#   3. Before the first request to an HTTPS origin: what is its certificate?  OpenSSL says only
-#      the first fault of a certificate.  So a certificate that is not trusted is asked about
-#      again, one question a handshake.
-#   4. Last, what no visitor asks: a path of ACME, and a Host that is no host.
+#   3. Before the first request to an HTTPS origin: what is its certificate?  OpenSSL reports only
+#      the first fault of a certificate.  So if one is not trusted, more handshakes follow, and
+#      each asks one question.
+#   4. Last, what no visitor asks: an ACME path, and an invalid Host.
 #
 # After one time-out an origin is asked nothing more.  Without that, a host that is down would
 # cost ten seconds a question.
@@ -3311,9 +3323,9 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # http.client would not do: its time-out holds for each recv(), so a server that sends a byte now
 # and then has no end.  Nor http.cookiejar: it prints a traceback for some hostile dates.
 
-# Every kind of finding by its severity: its id, and what was seen and what to do.  The id is the
-# one of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots)
-# where theirs means the same; certificates have a name for each fault below MDN's.
+# Every kind of finding by its severity: its id, and what was seen and what to do.  The id is that
+# of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots) where
+# theirs means the same; for certificates, MDN's id is followed by the fault.
 # HSTS is Strict-Transport-Security (RFC 6797).
 FINDINGS = {
     "ok": {
@@ -3324,66 +3336,73 @@ FINDINGS = {
         "header.preloadable.max_age.below_1_year": "{url} sends HSTS of {age} s, less than a year",
         "hsts-from-parent": "{url} sends no HSTS of its own, but that of {parent} covers it",
         "client-certificate-wanted": "{url} wants a client certificate: its page was not seen",
-        "host-reflected": "{url} puts a forged Host into its Location: a cache would keep it",
+        "host-reflected": "{url} puts a forged Host into its Location: a cache may store that",
     },
     "warning": {
-        "redirects.http.does_not_exist": "nothing answers at {url} ({error}), but HTTPS does; "
+        "redirects.http.does_not_exist": "nothing answers at {url} {why}, but HTTPS does; "
         "if that is meant: --ignore redirects.http.does_not_exist",
         "redirection-by-refresh": "{url} answers {status} with a refresh to {location}: "
         "send a redirect, which every client follows",
-        "redirection-off-host-from-http": "{url} leads to another host first: {location}",
+        "redirection-off-host-from-http": "{url} leads to another host, {location}: "
+        "lead to https on the same host first",
         "redirection-relative": "{url} has the relative Location {location}: make it absolute",
         "location-not-a-uri": "{url} has the invalid Location {location}: only browsers correct it",
         "redirects.too_many": "{url} takes more than 3 redirects: lead to the last URL at once",
-        "acme-challenge-lost": "{url} loses its path, to {location}, and http-01 fails: keep it",
+        "acme-challenge-lost": "{url} loses its path, to {location}, and http-01 fails: "
+        "keep the path",
         "https-error": "{url} answers {status}: look at the HTTPS server",
-        "tls-old": "HTTPS at {url} is old ({what}): browsers still open it, newer clients do not",
+        "tls-old": "HTTPS at {url} is old ({what}): browsers open it, stricter clients do not",
         "cert-expires-soon": "the certificate of {url} expires {date}, in {days} days: renew it",
         "response.no_header": "{url} sends no usable HSTS: browsers will try http:// again",
         "response.multiple_headers": "{url} sends several HSTS fields: browsers take the first one",
         "hsts-implemented-max-age-less-than-six-months": "{url} sends HSTS of {age} s, less than "
         "15552000 (180 days)",
         "redirects.http.useless_header": "{url} sends HSTS in the clear, where browsers ignore it",
-        "cookie-over-http": "{url} sets a cookie in the clear: anybody on the way reads it",
+        "cookie-over-http": "{url} sets a cookie in the clear: anyone on the way can read it",
         "cookie-without-secure": "{url} sets a cookie without Secure: it goes in the clear too",
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
-        "host-unknown": "{url} has no address to ask: {error}",
-        "address-unreachable": "no way to {url} from this machine ({error}): try -4 or -6",
+        "host-unknown": "{url} does not resolve {why}",
+        "address-of-other-family": "{url} has no {family} address ({option})",
+        "address-unreachable": "this machine cannot reach {url} {why}: try -4 or -6",
         "no-authorities": "this machine has no certificate authorities, so the certificate of "
         "{url} cannot be judged: install ca-certificates here, or give --ca-file",
         "https-only-http2": "HTTPS at {url} speaks only HTTP/2, which owahttps does not",
-        "cut-short": "the check of {url} ended after {seconds} s: not everything was asked",
+        "cut-short": "the check of {url} ended after {seconds} s, unfinished: raise --timeout",
     },
     "critical": {
-        "http-no-answer": "{url} gives no answer: {error}",
+        "nothing-answers": "neither {url} nor {secure} answers {why}: is that host up?",
+        "http-no-answer": "{url} gave no answer {why}: look at its server",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
-        "domain.tls.cannot_connect": "no HTTPS at {url} ({error}): start it, or lead elsewhere",
+        "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or redirect elsewhere",
         "tls-too-old": "HTTPS at {url} speaks only TLS 1.1 or older: turn TLS 1.2 on",
         "https-misdirected": "{url} answers 421: it does not serve this name (see SNI)",
         "redirection-missing": "{url} answers {status} in the clear: redirect it to https",
         "iis-403.4": "{url} answers IIS's 403.4: SSL is required, but steps 5-10 of Q279681 "
         "(Custom Errors, 403;4) are not done",
         "iis-asp-port-test": "{url} answers an empty 200, as Owahttps.asp does on a port that it "
-        "does not test: see owahttps.py generate --http-port",
+        "does not test: see owahttps.py generate --port",
         "redirection-not-to-https-on-initial-redirection": "{url} first leads to {location}: "
         "lead to https at once",
         "redirection-not-to-https": "{url} ends at {location}: it must end on https",
-        "redirects.insecure.initial": "{url} leads to plain HTTP, {location}",
-        "redirects.insecure.subsequent": "{url} leads back to plain HTTP, {location}",
+        "redirects.insecure.initial": "{url} leads to plain HTTP, {location}: use https",
+        "redirects.insecure.subsequent": "{url} leads back to plain HTTP, {location}: use https",
         "redirect-loop": "{url} is redirected without end. Behind a load balancer that terminates "
         "TLS, redirect there and not on the server",
         "proxy-loop": "{url} answers owahttps's 421: the proxy that terminates TLS sends HTTPS "
         "traffic to the redirect. Send it to the application",
-        "location-invalid": "{url} answers {status}, and its Location leads nowhere ({location})",
+        "location-invalid": "{url} answers {status} with an invalid Location ({location}): "
+        "correct it",
         "location-keeps-plain-port": "{url} keeps the plain port in {location}: drop it",
         "rule-mismatch": "{url} answers {status} {location}, not {expected}",
         "redirection-invalid-cert.expired": "the certificate of {url} expired {date}: renew it",
-        "redirection-invalid-cert.not-yet-valid": "the certificate of {url} begins {date}",
+        "redirection-invalid-cert.not-yet-valid": "the certificate of {url} is not valid before "
+        "{date}: use an earlier one, or set the clock of this machine",
         "redirection-invalid-cert.name": "the certificate of {url} does not name {host}: get one "
         "that does, or redirect to a name it has (--host)",
-        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed",
+        "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed: get one "
+        "from an authority, or give --ca-file",
         "redirection-invalid-cert.chain": "the certificate of {url} does not lead to a trusted "
         "authority ({reason}): send the intermediate certificates, or give --ca-file",
     },
@@ -3393,17 +3412,18 @@ SEVERITIES = ["ignored", *FINDINGS]  # mildest first
 ALARMS = ("warning", "unknown", "critical")
 EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitoring world's
 
-MAX_HOPS = 20  # of one redirect: Chromium's limit too
-MAX_ANSWER = 256 * 1024  # bytes that are read of one response: Chromium's limit for a head
+MAX_HOPS = 20  # requests of one chain: Chromium refuses the twentieth redirect (measured)
+MAX_ANSWER = 256 * 1024  # bytes that are read from one response: Chromium's limit for a head
 MAX_COOKIES = 50
-TARGET_TIME_OUTS = 6  # a target may take as long as so many time-outs, whatever happens
+MAX_PRINTED_HOPS = 16  # a site that keeps paths, with two addresses, has 14
+TARGET_TIME_OUTS = 6  # no target takes longer than this many time-outs
 DAY = 86400
 HALF_YEAR = 180 * DAY  # as MDN and testssl.sh count it
 YEAR = 365 * DAY
 PORTS = {"http": 80, "https": 443}
 
-# It has no credential.  Upgrade-Insecure-Requests: there are servers that redirect only clients
-# that send it, and all browsers do (W3C Upgrade Insecure Requests, section 3.2).
+# It carries no credentials.  Some servers redirect only clients that send
+# Upgrade-Insecure-Requests, as all browsers do (W3C Upgrade Insecure Requests, section 3.2).
 CHECK_REQUEST = """\
 GET {target} HTTP/1.1\r
 Host: {host}\r
@@ -3413,7 +3433,7 @@ Upgrade-Insecure-Requests: 1\r
 {cookies}Connection: close\r
 \r
 """
-FORGED_HOST = "forged.invalid"  # RFC 2606: nobody can have it
+FORGED_HOST = "forged.invalid"  # RFC 2606: nobody can own it
 DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"  # a bookmark; "%2F" shows whether it is decoded
 ACME_QUESTION = ACME_PREFIX + "owahttps-check"
 
@@ -3422,7 +3442,7 @@ Problem = Tuple[str, Dict[str, Any]]  # the id of a finding, and the values in i
 
 
 class Finding(NamedTuple):
-    """One kind of thing that was seen at a site."""
+    """One kind of thing that was seen at a site, good or bad."""
 
     id: str
     severity: str  # one of SEVERITIES
@@ -3447,10 +3467,10 @@ class Hop(NamedTuple):
     """One request and its answer."""
 
     url: str
-    status: int  # 0: no answer
+    status: int  # 0: no answer, or no connection
     location: str
     milliseconds: int
-    address: str  # that was asked
+    address: str  # the one that was asked
 
 
 class Report(NamedTuple):
@@ -3462,12 +3482,17 @@ class Report(NamedTuple):
     findings: List[Finding]  # the worst ones first
 
     def headline(self) -> str:
-        """Return the worst finding, and how many more there are that need someone."""
-        bad = [one for one in self.findings if one.severity in ALARMS]
-        fine = [one for one in self.findings if one.severity == "ok"]
-        first = (bad or fine or self.findings)[0]
-        more = f" (+{len(bad) - 1} more)" if len(bad) > 1 else ""
-        return first.text + more
+        """Return the worst finding, how many more need attention, and which are ignored."""
+        ignored = [one.id for one in self.findings if one.severity == "ignored"]
+        counted = [one for one in self.findings if one.severity != "ignored"]
+        bad = [one for one in counted if one.severity in ALARMS]
+        fine = [one for one in counted if one.severity == "ok"]
+        text = (bad or fine or counted)[0].text if counted else "nothing else was found"
+        if len(bad) > 1:
+            text += f" (+{len(bad) - 1} more)"
+        if ignored:
+            text += f" ({len(ignored)} ignored: {', '.join(ignored)})"
+        return text
 
 
 # ---- The check: URLs as browsers read them -------------------------------------------
@@ -3537,13 +3562,15 @@ def resolve(text: str, base: Url) -> Url:
 
 
 def read_target(text: str) -> Tuple[Url, Url]:
-    """Return the plain URL, and the HTTPS URL of the same site, of what people paste.
+    """Return the plain URL and the HTTPS URL of a site, from what people paste.
 
     That is a host, host:port, host/path, or an http or https URL.  ValueError says what is wrong.
     """
     url = text if "://" in text else "http://" + text
     if re.search(r"[\x00-\x20\x7f]", url):
         raise ValueError(f"{text[:300]!a} has a blank or a control character")
+    if url.rpartition("://")[2].strip("/\\") == "":
+        raise ValueError(f"{text[:300]!a} names no host")
     if re.match(r"\w+://[^/?#\\]*@", url):
         raise ValueError(f"{text[:300]!a} has userinfo")
     latin = url.encode("utf-8", "surrogateescape").decode("latin-1")
@@ -3570,7 +3597,7 @@ class Cookie(NamedTuple):
         return below and self.value != "" and (url.scheme == "https" or not self.secure)
 
 
-def is_over(attributes: Dict[str, str]) -> bool:
+def is_deleted(attributes: Dict[str, str]) -> bool:
     """Return whether a cookie with these attributes is being deleted."""
     if "max-age" in attributes:  # it goes before Expires
         return re.fullmatch("-[0-9]+|0+", attributes["max-age"]) is not None
@@ -3591,7 +3618,7 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
         domain = attributes.get("domain", "").lower().lstrip(".") or url.name
         invalid = len(field) > 4096 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
         if equals and not invalid and f".{url.name}".endswith(f".{domain}"):
-            kept = "" if is_over(attributes) else value.strip()
+            kept = "" if is_deleted(attributes) else value.strip()
             cookies.append(Cookie(name.strip(), kept, domain, "secure" in attributes))
     return cookies
 
@@ -3604,7 +3631,7 @@ class Hsts(NamedTuple):
 
 
 def read_hsts(field: str) -> Optional[Hsts]:
-    """Read a Strict-Transport-Security field; None where one fault spoils it, as in browsers."""
+    """Read a Strict-Transport-Security field; None if it is invalid, which browsers ignore."""
     directives: Dict[str, str] = {}
     for directive in field.split(";"):
         name, _, value = directive.partition("=")
@@ -3626,7 +3653,7 @@ REFRESH_URL = re.compile(r"(?i)[;,\s]url\s*=\s*[\"']?([^\"'\s>]+)")
 
 
 def text_of(response: Response) -> str:
-    """Return the body of a response; what is looked for in it is ASCII."""
+    """Return the body of a response as text; the patterns for it are ASCII."""
     return response.body.decode("latin-1")
 
 
@@ -3652,7 +3679,7 @@ def final_response(data: bytes) -> Optional[Response]:
 
 
 def plain_fault(response: Response) -> str:
-    """Return the id of the finding that a page in the clear is."""
+    """Return the id of the finding where plain HTTP answers with a page."""
     # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
     # bare 403, and the number is shown only on the server.
     iis = "IIS" in (response.field("server") or "")
@@ -3667,7 +3694,7 @@ def plain_fault(response: Response) -> str:
 
 
 def secure_fault(response: Response) -> str:
-    """Return the id of what is wrong with a page over https, or ""."""
+    """Return the id of the finding for an answer over https, or "" if it is fine."""
     page = text_of(response)
     if response.status == 421:
         return "proxy-loop" if "redirect loop" in page else "https-misdirected"
@@ -3702,8 +3729,8 @@ TLS_FAULTS = {
 CLIENT_CERTIFICATE_ALERT = re.compile(
     "(?i)alert.(certificate.required|bad.certificate|handshake.failure)"
 )
-# A connect() that fails like this never left this machine, or found no way from it.  EACCES and
-# EPERM are a firewall's here.
+# A connect() that fails with one of these never left this machine.  EACCES and EPERM come from
+# a firewall on it.
 NO_WAY = (
     *(errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT),
     *(errno.EACCES, errno.EPERM, errno.EMFILE),
@@ -3758,7 +3785,7 @@ def tls_context(
 
 
 def has_authorities(context: ssl.SSLContext) -> bool:
-    """Return whether a context trusts any authority; a folder's are read only when needed."""
+    """Return whether a context trusts any authority; OpenSSL reads those of a folder late."""
     folder = ssl.get_default_verify_paths().capath
     return context.cert_store_stats()["x509"] > 0 or bool(folder and glob(f"{folder}/*"))
 
@@ -3787,22 +3814,25 @@ def certificate_dates(fields: Dict[str, Any]) -> List[Problem]:
 
 
 def has_no_way(error: Exception) -> bool:
-    """Return whether an error is one of this machine; gaierror and SSLError count differently."""
+    """Return whether this machine is the reason of an error.
+
+    The subclasses gaierror and SSLError have numbers of their own, which mean something else.
+    """
     return type(error) in (OSError, PermissionError) and getattr(error, "errno", 0) in NO_WAY
 
 
-def cause_of(error: Exception) -> str:
-    """Return why something failed, for a sentence."""
-    if isinstance(error, TIME_OUT):
-        return "no answer in time"
+def cause_of(error: Exception, seconds: float) -> str:
+    """Return why something failed, for the end of a clause; `seconds` is its time-out."""
     text = getattr(error, "strerror", "") or str(error)
-    return re.sub(r"^\[SSL[^]]*\] | \(_ssl\.c:[0-9]+\)$", "", text)
+    if isinstance(error, TIME_OUT) and not error.errno:
+        return f"within {seconds:g} s"
+    return "(" + re.sub(r"^\[SSL[^]]*\] | \(_ssl\.c:[0-9]+\)$", "", text) + ")"
 
 
 def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
     """Return the addresses of a server name; OSError if there are none.
 
-    socket.getaddrinfo() has no time-out: it is asked in a thread, which may be left behind.
+    socket.getaddrinfo() has no time-out, so it runs in a thread, which may be left behind.
     """
     rows: List[Any] = []
     failures: List[OSError] = []
@@ -3842,11 +3872,11 @@ class Site:
         self.addresses: List[Address] = []
         self.hops: List[Hop] = []
         # By the id of the finding: URL, address ("": all), and the values in the sentence.
-        self.notes: Dict[str, List[Tuple[str, str, Dict[str, Any]]]] = {}
+        self.seen: Dict[str, List[Tuple[str, str, Dict[str, Any]]]] = {}
 
     def found(self, id: str, url: object, address: str = "", **values: Any) -> None:
         """Note what was seen at a URL."""
-        self.notes.setdefault(id, []).append((str(url)[:2000], address, values))
+        self.seen.setdefault(id, []).append((str(url)[:2000], address, values))
 
     def is_over(self) -> bool:
         """Return whether the time of the target is up; then not everything was asked."""
@@ -3861,8 +3891,8 @@ class Site:
         return min(time.monotonic() + self.seconds, self.deadline)
 
     def finding(self, id: str, ignore: Sequence[str]) -> Finding:
-        """Make the finding of all that was noted under an id."""
-        urls, where, values = zip(*self.notes[id])
+        """Make one finding of all that was seen under this id."""
+        urls, where, values = zip(*self.seen[id])
         finding = make_finding(id, values[0], list(dict.fromkeys(urls)))
         addresses = sorted(set(where) - {""})
         if addresses and len(addresses) < len(self.addresses):
@@ -3942,7 +3972,7 @@ class Visit:
             return Handshake(certificate, tls.getpeercert() or {}, tls.cipher()[0])
 
     def certificate_problems(self, url: Url, certificate: bytes, refused: str) -> List[Problem]:
-        """Find out why a certificate is not trusted, one question a handshake."""
+        """Find out why a certificate is not trusted: each handshake asks one question."""
 
         def trusted(trust: Trust, flags: int, check_name: bool = False) -> Dict[str, Any]:
             return self.shake_hands(url, tls_context(trust, flags, check_name)).fields
@@ -3972,7 +4002,7 @@ class Visit:
         except ssl.SSLError as error:
             if "legacy" not in str(error).lower():
                 raise
-            # Browsers do not mind.  Python tells it only by this error.
+            # Browsers accept that.  Python shows it only by this error.
             problems.append(("tls-old", {"what": "no secure renegotiation, RFC 5746"}))
             first = self.shake_hands(url, self.site.lenient)
         if first.client_certificate:
@@ -3993,7 +4023,7 @@ class Visit:
             try:
                 problems = self.tls_problems(url)
                 self.https[origin] = True
-            except (OSError, ValueError) as error:  # ValueError: dates that are no dates
+            except (OSError, ValueError) as error:  # ValueError: invalid dates
                 problems = []
                 self.failed("domain.tls.cannot_connect", url, error)
             for id, values in problems:
@@ -4045,7 +4075,7 @@ class Visit:
         return ""
 
     def failed(self, id: str, url: Url, error: Exception) -> None:
-        """Note what an error means.  `id` is the finding where it means nothing special."""
+        """Note what an error means; `id` is the finding if it means nothing special."""
         if isinstance(error, TIME_OUT):
             self.silent[url.origin()] = error
         if self.site.is_over():
@@ -4055,7 +4085,14 @@ class Visit:
         elif url.scheme == "https":
             id = self.tls_fault(url, error) or id
         place = url if id == "http-no-answer" else url.origin()
-        self.found(id, place, error=cause_of(error))
+        self.found(id, place, why=cause_of(error, self.site.seconds))
+
+    def add_hop(self, url: Url, response: Optional[Response], start: float) -> None:
+        """Note a request that began at start, or a connection that was not accepted."""
+        milliseconds = int(1000 * (time.monotonic() - start))
+        status = response.status if response else 0
+        location = log_escape((response and response.field("location")) or "", 2000)
+        self.site.hops.append(Hop(str(url)[:2000], status, location, milliseconds, self.asked))
 
     def ask(self, url: Url, cookies: str = "") -> Optional[Response]:
         """Return the answer to url, asked for once; None, and a finding, if there is none."""
@@ -4075,10 +4112,7 @@ class Visit:
                 self.failed("http-no-answer", url, error)
             except ValueError:
                 self.found("http-garbled", url)
-        milliseconds = int(1000 * (time.monotonic() - start))
-        status = response.status if response else 0
-        location = log_escape((response and response.field("location")) or "", 2000)
-        self.site.hops.append(Hop(str(url)[:2000], status, location, milliseconds, self.asked))
+        self.add_hop(url, response, start)
         self.answers[key] = response
         if response:
             self.judge_fields(url, response)
@@ -4174,7 +4208,7 @@ class Visit:
             id = "redirection-to-https"
         values = {"location": following, "status": response.status}
         self.found(id, url, expected=f"{status} {wanted}", **values)
-        # RFC 6797 section 7.2; anyone who asks for a status has settled it.
+        # RFC 6797 section 7.2; an expected status is left as it is.
         if response.status in (302, 303, 307) and "status" not in expected:
             self.found("redirection-temporary", url, **values)
 
@@ -4199,15 +4233,15 @@ class Visit:
         url = start
         # There are sites that set a cookie and redirect to themselves until it comes back.
         jar: Dict[Tuple[str, str], Cookie] = {}
-        seen: List[Tuple[Url, str]] = []
+        visited: List[Tuple[Url, str]] = []
         while True:
             kept = [one for one in jar.values() if one.goes_to(url)]
             cookies = "; ".join(f"{one.name}={one.value}" for one in kept)
-            if (url, cookies) in seen or len(seen) == MAX_HOPS:
+            if (url, cookies) in visited or len(visited) == MAX_HOPS:
                 self.found("redirect-loop", start)
                 return
-            seen.append((url, cookies))
-            if len(seen) == 5:
+            visited.append((url, cookies))
+            if len(visited) == 5:
                 self.found("redirects.too_many", start)
             response = self.ask(url, cookies)
             if response is None:
@@ -4219,7 +4253,7 @@ class Visit:
             if following is None:
                 self.judge_last(start, url, response)
                 return
-            first = len(seen) == 1
+            first = len(visited) == 1
             if first and url.scheme == "http":
                 self.judge_first(url, response, following)
             elif url.scheme == "https" and following.scheme == "http":
@@ -4236,7 +4270,7 @@ class Visit:
             self.found("acme-challenge-lost", url, location=following)
 
     def try_forged_host(self) -> None:
-        """A Host that is no host (RFC 9110 section 7.2) must not become the host of a Location."""
+        """An invalid Host (RFC 9110 section 7.2) must not become the host of a Location."""
         root = self.site.plain._replace(target="/")
         with contextlib.suppress(OSError, ValueError):
             response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
@@ -4257,9 +4291,11 @@ class Visit:
 
     def knock(self, url: Url) -> Optional[OSError]:
         """Return why a port takes no connection, or None."""
+        start = time.monotonic()
         try:
             self.connect(url).close()
         except OSError as error:
+            self.add_hop(url, None, start)
             if isinstance(error, TIME_OUT):
                 self.silent[url.origin()] = error
             return error
@@ -4279,7 +4315,7 @@ class Visit:
                 return error if isinstance(error, ConnectionError) else secure_error
             meant = self.speaks_tls(secure) and not self.site.expected
             id = "redirects.http.does_not_exist" if meant else "http-no-answer"
-            self.found(id, plain, error=cause_of(error))
+            self.found(id, plain, why=cause_of(error, self.site.seconds))
             self.follow(secure)
         self.judge_hsts()
         return None
@@ -4288,26 +4324,37 @@ class Visit:
 def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address]) -> None:
     """Judge an address where neither port can be reached.
 
-    Browsers go on with the other family (RFC 8305).  If nothing of a family answers and the other
-    is there, it is as likely this machine that has no way to it.
+    Browsers go on with the other family (RFC 8305).  If one family does not answer and the other
+    does, this machine may have no route to it.
     """
     host = address[0]
+    secure, why = site.secure.origin(), cause_of(error, site.seconds)
     family = [one for one in alive if (":" in one[0]) == (":" in host)]
     refused = isinstance(error, ConnectionError)
     if has_no_way(error) or (alive and not family and not refused):
-        site.found("address-unreachable", host, error=cause_of(error))
+        site.found("address-unreachable", host, why=why)
     else:
-        site.found("http-no-answer", site.plain, host, error=cause_of(error))
-        site.found("domain.tls.cannot_connect", site.secure.origin(), host, error=cause_of(error))
+        site.found("nothing-answers", site.plain.origin(), host, secure=secure, why=why)
+
+
+def judge_unresolved(site: Site, server: Url, family: int, error: OSError) -> None:
+    """Judge why there is no address: the name may have one of the other family."""
+    if family and not isinstance(error, TIME_OUT):
+        with contextlib.suppress(OSError):
+            look_up(server.name, server.port, 0, site.seconds)
+            names = ("IPv4", "-4") if family == socket.AF_INET else ("IPv6", "-6")
+            site.found("address-of-other-family", server.name, family=names[0], option=names[1])
+            return
+    site.found("host-unknown", server.name, why=cause_of(error, site.seconds))
 
 
 def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
     """Visit all addresses of a site, or of the host to connect to."""
-    ask = connect or site.plain
+    server = connect or site.plain
     try:
-        site.addresses = look_up(ask.name, ask.port, family, site.seconds)
+        site.addresses = look_up(server.name, server.port, family, site.seconds)
     except OSError as error:
-        site.found("host-unknown", ask.name, error=cause_of(error))
+        judge_unresolved(site, server, family, error)
         return
     failures: Dict[Address, Optional[OSError]] = {}
     for address in site.addresses:
@@ -4318,6 +4365,15 @@ def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
     for address, failure in failures.items():
         if failure:
             judge_dead(site, address, failure, alive)
+
+
+def check_ignored(ids: Sequence[str]) -> None:
+    """Raise ValueError unless these are ids of findings."""
+    if isinstance(ids, str):
+        raise ValueError(f"ignore={ids!a} is one string: give a list of ids")
+    for id in ids:
+        if id not in SEVERITY_OF:
+            raise ValueError(f"there is no finding {id!a} to ignore: see check --list")
 
 
 def check(
@@ -4340,16 +4396,17 @@ def check(
     seconds   for each request; a target takes at most six times as long
     ignore    ids of FINDINGS that do not count
 
-    Raises RuleError for an invalid rule, ValueError for an invalid `connect`, and OSError for
-    a trust that cannot be read; never for the target or for what a server does.
+    Raises RuleError for an invalid rule, ValueError for an invalid `connect` or `ignore`, and
+    OSError for a trust that cannot be read; never for the target or for what a server does.
     """
+    check_ignored(ignore)
     try:
         plain, secure = read_target(target)
-    except ValueError as error:  # one target that is nonsense does not stop the others
+    except ValueError as error:  # one invalid target does not stop the others
         return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
     visit_all(site, read_target(connect)[0] if connect else None, family)
-    findings = [site.finding(id, ignore) for id in site.notes]
+    findings = [site.finding(id, ignore) for id in site.seen]
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     severity = findings[0].severity if findings[0].severity in EXIT_CODES else "ok"
     return Report(target, severity, site.hops, findings)
@@ -4375,7 +4432,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_between(low: float, high: float) -> Callable[[str], Any]:
-    """Return a type for argparse: a number from low to high, whole ones where low is."""
+    """Return a type for argparse: a number from low to high, an int if low is one."""
     kind = type(low)
     pattern = "[0-9]{1,10}" if kind is int else r"[0-9]{1,10}(\.[0-9]+)?"
 
@@ -4428,7 +4485,7 @@ def rule_of(fields: Dict[str, Any], port: int) -> RedirectRule:
     """Return the rule with these fields, for plain HTTP at this port."""
     rule = RedirectRule(**fields)
     if rule.keep_path and "path" in fields:
-        raise RuleError(f"--path {rule.path} and --keep-path: give one of them")
+        raise RuleError(f"--path {rule.path} and --keep-path: give only one of them")
     if rule.https_port == port:
         raise RuleError(f"--https-port {port} is the port of plain HTTP: that would be a loop")
     return rule
@@ -4479,7 +4536,7 @@ def bind_trouble(error: OSError, host: str, port: int) -> str:
 def add_serve_arguments(parser: Any) -> None:
     port, count = number_between(0, 65535), number_between(0, 10**6)
     parser.add_argument(
-        "--bind", default="", metavar="ADDR", help="listen on this address (default: every one)"
+        "--bind", default="", metavar="ADDR", help="listen on this address (default: all)"
     )
     parser.add_argument(
         "-p",
@@ -4497,14 +4554,15 @@ def add_serve_arguments(parser: Any) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="allow N at once (default: 16384, at most the limit of open files minus 64)",
+        help=f"connections at once (default: {MAX_CONNECTIONS}, "
+        f"at most the limit of open files minus {SPARE_FILES})",
     )
     parser.add_argument("--quiet", action="store_true", help="write no access log")
     add_rule_arguments(parser)
 
 
 def connection_cap(wanted: int) -> int:
-    """Return how many connections may be open: as many as wanted, if file descriptors allow."""
+    """Return how many connections may be open: as many as wanted, if file descriptors suffice."""
     try:
         import resource
     except ImportError:
@@ -4513,9 +4571,9 @@ def connection_cap(wanted: int) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    wanted = wanted or 16384  # some 45 MB, if all of them are slow
-    # 64 for files, and for clients that are being accepted.  -1 is no limit.
-    return wanted if soft < 0 else min(wanted, max(8, soft - 64))
+    wanted = wanted or MAX_CONNECTIONS
+    no_limit = soft < 0
+    return wanted if no_limit else min(wanted, max(8, soft - SPARE_FILES))
 
 
 def become(user: str) -> None:
@@ -4546,12 +4604,12 @@ def on_signal(stop: Callable[[], Any]) -> None:
 
 
 def warnings_for(rule: RedirectRule, host: str) -> Iterator[str]:
-    """Yield what will hurt later."""
+    """Yield warnings of what may go wrong later."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "running as root; --user NAME drops that once the port is bound"
     if rule.status in (301, 308):
         if host == "::1" or host.startswith("127."):
-            yield f"browsers keep a {rule.status} for a day, for localhost too: a 302 they do not"
+            yield f"browsers keep a {rule.status} for a day, for localhost too, but not a 302"
         if not rule.host and not rule.allow_hosts:
             yield (
                 f"a permanent redirect ({rule.status}) for every name: "
@@ -4714,7 +4772,7 @@ def write_parts(folder: str, parts: List[Part]) -> None:
                 os.remove(path)
         raise
     for name in texts:
-        print(name)  # without the folder, whose name may be beyond a code page
+        print(name)  # without the folder, whose name a code page may lack
 
 
 def next_step(recipe: str, folder: str, part: str) -> str:
@@ -4763,10 +4821,15 @@ def add_selftest_arguments(parser: Any) -> None:
 
 def address_of(url: str) -> Address:
     """Return the host and port of an http URL, or of "host[:port]"."""
-    scheme, slashes, authority = url.rpartition("://")
+    scheme, slashes, rest = url.partition("://")
     if slashes and scheme.lower() != "http":
         raise RuleError(f"--against {url!a} is not an http URL: the cases go to plain HTTP")
-    name, port = split_authority(authority.rstrip("/"))
+    authority = (rest if slashes else url).rstrip("/")
+    if not authority:
+        raise RuleError(f"--against {url!a} names no host")
+    if "/" in authority:
+        raise RuleError(f"--against takes no path: {url!a}")
+    name, port = split_authority(authority)
     return name.strip("[]"), port or 80
 
 
@@ -4786,19 +4849,26 @@ def print_results(results: List[Result], quiet: bool) -> None:
     for one in results:
         if one.passed and not quiet:
             print_verdict("ok", f"{one.id}: {log_escape(one.what, 80)}")
+    noun = "case" if len(results) == 1 else "cases"
     print(
-        f"{len(results)} cases: {counts[SAFE]} unsafe, {counts[MUST]} against a MUST, "
+        f"{len(results)} {noun}: {counts[SAFE]} unsafe, {counts[MUST]} against a MUST, "
         f"{counts[OWN]} otherwise than decided"
     )
 
 
 def try_against(url: str, rule: RedirectRule, word: str) -> List[Result]:
-    """Return the results at another server; OSError where none answers."""
+    """Return the results at another server; OSError where it does not serve this rule.
+
+    Otherwise nearly every case would fail, and say nothing, or wait for a silent server.
+    """
     address = address_of(url)
-    try:
-        socket.create_connection(address, 5).close()
-    except OSError as error:
-        raise OSError(f"{url} gives no answer: {error.strerror or error}") from None
+    plain = next(case for case in cases(rule) if case.id == "get")
+    first = try_case(address, plain, 3)
+    if not first.passed:
+        raise OSError(
+            f"{url}: a plain GET got {log_escape(first.got, 200)}, and this rule wants "
+            f"{plain.right[0]}: start that server, or correct the rule options"
+        )
     return try_cases(address, rule, word)
 
 
@@ -4871,7 +4941,7 @@ def print_folded(indent: int, word: str, text: str) -> None:
 
 
 def shown_target(target: str) -> str:
-    """Return a target for the screen: as it was typed, and as DNS has it if that is not ASCII."""
+    """Return a target for the screen: as it was typed, and if not ASCII, as DNS has it."""
     if target.isprintable() and any(character > "~" for character in target):
         encoding = sys.stdout.encoding or "utf-8"
         typed = target.encode(encoding, "backslashreplace").decode(encoding)
@@ -4881,7 +4951,7 @@ def shown_target(target: str) -> str:
 
 
 def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
-    """Yield the report of each target, as soon as it is there and its turn has come."""
+    """Yield the report of each target, in their order, each as soon as it is there."""
     from concurrent.futures import ThreadPoolExecutor  # `serve` has no use for it
 
     with ThreadPoolExecutor(16) as pool:
@@ -4889,25 +4959,37 @@ def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
         try:
             for future in futures:
                 yield future.result()
-        finally:  # a reader that has gone wants no more of them
+        finally:  # if the reader of our output has gone, nobody needs the others
             for future in futures:
                 future.cancel()
 
 
-def print_report(report: Report, quiet: bool) -> None:
-    """Print a report for a person.  Its first line is enough for a pager."""
-    if quiet and report.severity == "ok":
-        return
-    headline = f"{shown_target(report.target)}: {report.headline()}"
-    print_folded(0, report.severity, headline.replace("|", "\\x7C"))
-    several = len({hop.address for hop in report.hops}) > 1
-    for hop in () if quiet else report.hops:
+def print_hops(hops: List[Hop]) -> None:
+    """Print the requests; an endless redirect has too many of them."""
+    several = len({hop.address for hop in hops}) > 1
+    for hop in hops[:MAX_PRINTED_HOPS]:
         arrow = f" -> {hop.location}" if hop.location else ""
         where = f"  [{hop.address}]" if several and hop.address else ""
         print(f"  {hop.milliseconds:4} ms  {hop.status or '-':>3}  {hop.url}{arrow}{where}")
+    if len(hops) > MAX_PRINTED_HOPS:
+        print(f"  and {len(hops) - MAX_PRINTED_HOPS} more requests, which --json has")
+
+
+def print_report(report: Report) -> None:
+    """Print a report for a person.  Its first line is enough for a pager."""
+    headline = f"{shown_target(report.target)}: {report.headline()}"
+    print_folded(0, report.severity, headline.replace("|", "\\x7C"))
+    print_hops(report.hops)
     for finding in report.findings:
-        if not quiet or finding.severity in ALARMS:
-            print_folded(2, finding.severity, f"{finding.id}  {finding.text}")
+        print_folded(2, finding.severity, f"{finding.id}  {finding.text}")
+
+
+def print_alarms(report: Report) -> None:
+    """Print only warnings and worse: one line each, with its target."""
+    target = shown_target(report.target).replace("|", "\\x7C")
+    for finding in report.findings:
+        if finding.severity in ALARMS:
+            print_folded(0, finding.severity, f"{target}: {finding.id}  {finding.text}")
 
 
 def report_as_json(report: Report) -> str:
@@ -4932,9 +5014,7 @@ def command_check(args: argparse.Namespace) -> int:
         return list_findings()
     if not args.target:
         raise RuleError("no TARGET: give a host, or --list")
-    for id in args.ignore:
-        if id not in SEVERITY_OF:
-            raise RuleError(f"--ignore {id!a} is not an id of check --list")
+    check_ignored(args.ignore)
     trust = {"cafile": args.ca_file} if args.ca_file else {}
     try:
         tls_context(trust)
@@ -4943,7 +5023,10 @@ def command_check(args: argparse.Namespace) -> int:
     fields = rule_fields(args)
     rule_of(fields, 0)
     if args.connect:
-        read_target(args.connect)
+        try:
+            read_target(args.connect)
+        except ValueError as error:
+            raise RuleError(f"--connect: {error}") from None
     family = 0
     if args.ipv4 != args.ipv6:
         family = socket.AF_INET if args.ipv4 else socket.AF_INET6
@@ -4953,8 +5036,10 @@ def command_check(args: argparse.Namespace) -> int:
     for report in check_all(args.target, *settings):
         if args.json:
             print(report_as_json(report))
+        elif args.quiet:
+            print_alarms(report)
         else:
-            print_report(report, args.quiet)
+            print_report(report)
         sys.stdout.flush()
         worst = max(worst, report.severity, key=SEVERITIES.index)
     return EXIT_CODES[worst]
@@ -5083,7 +5168,8 @@ examples:
         command_selftest,
         "prove the redirect, end to end and case by case",
         """\
-Exit 1: a case has failed; with --against, one of the levels safe and must.
+Exit 1: a case has failed; with --against, one of the levels safe and must, or
+the server's answer to a plain GET is not the one of this rule.
 
 examples:
   owahttps.py selftest
@@ -5147,7 +5233,7 @@ def parse(argv: List[str]) -> argparse.Namespace:
     if argv[:1] == ["help"]:
         argv = argv[1:2] + ["--help"]
     if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in argv):
-        raise RuleError("an argument is empty: a variable that is not set?")
+        raise RuleError("an argument is empty: is a variable not set?")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
@@ -5169,7 +5255,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         code = int(args.run(args))
         sys.stdout.flush()
         return code
-    except ValueError as error:  # RuleError, or a target that is not one
+    except ValueError as error:  # RuleError, or an invalid --ignore
         say(f"error: {error}")
         return wrong_usage
     except KeyboardInterrupt:

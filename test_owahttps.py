@@ -2066,6 +2066,7 @@ class Case(NamedTuple):
     tls: str = ""
 
 
+OTHER_FAMILY = "3 address-of-other-family"
 PATH_80 = "--path /exchange --status 301 --https-port SECURE"
 # What the redirect is, the options of the rule, and what is found.
 RULED_SITES = [
@@ -2200,9 +2201,11 @@ OTHERS = [
     Case("only https, with a rule", NO_ANSWER, **RULED),
     Case("and back", f"{NO_ANSWER} redirects.insecure.initial", secure=to(P + "/", YEAR), **RULED),
     Case("and for ever", f"{NO_ANSWER} {LOOP}", secure=to(S + "PATH", YEAR), **RULED),
-    Case("nothing at all", f"{NO_TLS} {NO_ANSWER[2:]}", secure=None, **RULED),
+    Case("nothing at all", "2 nothing-answers", secure=None, **RULED),
     Case("a name that no DNS has", "3 host-unknown", target="nowhere.invalid"),
-    Case("no IPv6 address", "3 host-unknown", target="127.0.0.1:PLAIN", options="-6"),
+    Case("no IPv6 address", OTHER_FAMILY, target="127.0.0.1:PLAIN", options="-6"),
+    Case("no IPv4 address", OTHER_FAMILY, target="[::1]:PLAIN", options="-4"),
+    Case("a name that no DNS has, -6", "3 host-unknown", target="nowhere.invalid", options="-6"),
     Case("an IPv4 address", FINE, options="-4", **BY_ADDRESS),
     Case("asked for by address", f"2 {CERT}name {FOUND}", certificate="no-ip", **BY_ADDRESS),
     Case("nonsense", "3 target-invalid", target="a@b"),
@@ -2539,9 +2542,10 @@ def test_every_address_counts(number, address, certificates, monkeypatch):
     texts = {finding["id"]: finding["text"] for finding in report["findings"]}
     of_machine = number == errno.ENETUNREACH or (address == HERE6 and number != errno.ECONNREFUSED)
     assert ("address-unreachable" in texts) == of_machine
-    assert texts.get("http-no-answer", "").endswith(f" [at {address}]") != of_machine
+    assert texts.get("nothing-answers", "").endswith(f" [at {address}]") != of_machine
     assert texts[CERT + "name"].endswith(" [at 127.0.0.1]")
-    assert {hop["address"] for hop in report["hops"]} == {HERE4}
+    assert {hop["address"] for hop in report["hops"] if hop["status"]} == {HERE4}
+    assert {hop["address"] for hop in report["hops"] if not hop["status"]} == {address}
 
 
 @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EPERM])
@@ -2634,10 +2638,7 @@ def test_our_demo_of_403_4():
 
 
 MISSING_TEXT = "http://localhost:PLAIN/ answers 200 in the clear: redirect it to https"
-QUIET_TEXT = f"""\
-critical  localhost:PLAIN: {MISSING_TEXT}
-  critical  redirection-missing  {MISSING_TEXT}
-"""
+QUIET_TEXT = f"critical  localhost:PLAIN: redirection-missing  {MISSING_TEXT}\n"
 WHOLE_TEXT = f"""\
 critical  localhost:PLAIN: {MISSING_TEXT}
  N ms  200  http://localhost:PLAIN/
@@ -2660,6 +2661,60 @@ def test_text(certificates):
         assert re.sub(" +[0-9]+ ms", " N ms", out) == site.with_ports(WHOLE_TEXT)
         assert run(*site.words, "--quiet") == (2, site.with_ports(QUIET_TEXT), "")
         assert run(*site.words, "--quiet", "--ignore", MISSING) == (0, "", "")
+
+
+NO_FAMILY = "unknown   127.0.0.1:PLAIN: 127.0.0.1 has no IPv6 address (-6)\n"
+NOTHING = (
+    "critical  127.0.0.1:PLAIN: neither http://127.0.0.1:PLAIN nor https://127.0.0.1:1 answers"
+)
+NO_NAME = "unknown   nowhere.invalid: nowhere.invalid does not resolve ("
+SILENT_TEXT = "http://localhost:PLAIN/ gave no answer within 0.1 s: look at its server\n"
+LEFT_OUT = f"ok        localhost:PLAIN: nothing else was found (1 ignored: {MISSING})\n"
+TWO = ["cookie-over-http", MISSING]
+# The output must have this line, or begin it like this.
+LINES = [
+    (LEFT_OUT, Case("", "", PAGE, options=f"--ignore {MISSING}")),
+    (
+        f"ok        localhost:PLAIN: nothing else was found (2 ignored: {', '.join(TWO)})\n",
+        Case("", "", says("200 OK", "Set-Cookie: a=b"), options=" --ignore ".join(["", *TWO])),
+    ),
+    (
+        f" goes to https://localhost:SECURE/exchange (1 ignored: {NO_HSTS[2:]})\n",
+        Case("", "", secure=PAGE, options=f"--ignore {NO_HSTS[2:]}"),
+    ),
+    (NO_FAMILY, Case("", "", target="127.0.0.1:PLAIN", options="-6")),
+    (NO_NAME, Case("", "", target="nowhere.invalid")),
+    (
+        f"{NOTHING} (Connection refused): is that host up?\n",
+        Case("", "", None, None, target="127.0.0.1:PLAIN", options="--https-port 1"),
+    ),
+    (SILENT_TEXT, Case("", "", script(b""), options=SHORT)),
+    ("\n  and 45 more requests, which --json has\n", Case("", "", to(P + "PATHx"))),
+    ("the target is invalid: 'http://' names no host\n", Case("", "", target="http://")),
+]
+
+
+@needs("openssl")
+@pytest.mark.parametrize("line, case", LINES, ids=[line[:30] for line, _ in LINES])
+def test_lines(line, case, certificates):
+    with Site(case, certificates) as site:
+        _, out, err = run(*site.words)
+        assert site.with_ports(line) in out and err == ""
+
+
+INVALID_SETTINGS = [
+    ({"ignore": ["nope"]}, "'nope'"),
+    ({"ignore": MISSING}, "a list"),
+    ({"connect": "x:y"}, "'x:y'"),
+    ({"expected": {"status": 303}}, "303"),
+]
+
+
+@pytest.mark.parametrize("settings, says", INVALID_SETTINGS, ids=str)
+def test_invalid_settings(settings, says):
+    with pytest.raises(ValueError) as caught:
+        owahttps.check("localhost", **settings)
+    assert says in str(caught.value)
 
 
 @linux
@@ -2751,7 +2806,16 @@ def test_wrong_usage(words, monkeypatch):
     assert (code, out) == (3, "") and re.fullmatch(r"owahttps[ -~]+\n", err)
 
 
-NONSENSE = ["ftp://localhost/", "http://a@b/", "..", "localhost:0", "localhost:65536", "a \x1b[31m"]
+NONSENSE = [
+    "ftp://localhost/",
+    "http:///",
+    "/",
+    "http://a@b/",
+    "..",
+    "localhost:0",
+    "localhost:65536",
+    "a \x1b[31m",
+]
 
 
 @pytest.mark.parametrize("target", NONSENSE)
@@ -2863,7 +2927,7 @@ class Fixed(Echo):
     [
         (Echo, ["--keep-path", "-k", "host"], {"safe", "must", "own"}, 1),
         (Fixed, ["--host", "mail.example.com", "-k", "host"], {"must", "own"}, 1),
-        (RedirectHandler, ["--status", "308"], {"own"}, 0),
+        (RedirectHandler, ["--health", "/up"], {"own"}, 0),
         (RedirectHandler, [], set(), 0),
     ],
     ids=["safe", "must", "own", "none"],
@@ -2879,6 +2943,28 @@ def test_each_level_has_a_server_that_fails_it(handler, options, levels, code):
     keys = {"id", "level", "reference", "what", "expected", "got", "passed"}
     assert all(set(one) == keys for one in results)
     assert ({one["level"] for one in results if not one["passed"]}, done) == (levels, code)
+
+
+OTHER_RULES = [
+    (to("https://mail.example.com/exchange", status="302 Found"), "--status 308", "got 302 https"),
+    (says("200 OK", body="hi"), "", "got 200, and this rule wants 302 https://mail"),
+    (says("200 OK", "X: \0"), "", r"got a NUL in the head: HTTP/1.1 200 OK\x0D\x0AX: \x00"),
+    (b"", "", "got closed"),
+    (script(b""), "", "got no answer in time"),
+]
+
+
+@pytest.mark.parametrize("answer, options, says", OTHER_RULES, ids=lambda value: str(value)[:20])
+def test_a_server_of_another_rule_is_one_error(answer, options, says):
+    """Not 200 failures that say nothing, nor a minute of them where no answer comes."""
+    start = time.monotonic()
+    with contextlib.closing(Canned()) as server:
+        server.start(answer)
+        url = f"http://127.0.0.1:{server.port}"
+        code, out, err = run("selftest", "--against", url, *options.split())
+        assert len(server.requests) == 1
+    assert (code, out) == (1, "") and says in err and "rule options" in err
+    assert re.fullmatch(f"owahttps: error: {url}: [ -~]+\n", err) and time.monotonic() - start < 5
 
 
 def test_failures_come_first_and_the_worst_of_them_at_the_top():
@@ -2902,6 +2988,7 @@ def test_selftest_lists_and_picks():
     assert out == "own  health: a health check (RFC 9110 15.3.1)\n"
     _, out, _ = run("selftest", "-k", "step-18")
     assert out.startswith("ok ") and "\n2 cases: 0 unsafe" in out
+    assert "\n1 case: 0 unsafe" in run("selftest", "-k", "step-18-https")[1]
     assert run("selftest", "-k", "no case has this")[0] == 2
     assert run("selftest", "--against", "https://mail.test")[0] == 2
 
@@ -2912,7 +2999,7 @@ def test_selftest_against_a_server_that_drips():
     server.start(script(b"HTTP/1.1 3", b"x"))
     start = time.monotonic()
     results = owahttps.try_cases(("127.0.0.1", server.port), RedirectRule(), "HEAD", seconds=0.2)
-    assert time.monotonic() - start < 3 and all("no HTTP/1" in one.got for one in results)
+    assert time.monotonic() - start < 3 and all("not HTTP/1" in one.got for one in results)
     server.close()
 
 
@@ -3021,6 +3108,7 @@ def test_where_a_location_leads(location, host):
 MOVED = b"HTTP/1.1 302 Found\r\nLocation: a\r\n"
 WRITTEN = "302 a (a field that the request has written)"
 CR = "302 a a\rb (a CR, which ends a line for some clients)"
+NUL = "a NUL in the head: HTTP/1.0 301 A\r\nB: \0\r\n\r\n"
 LEADS = "302 a //evil.example. (leads to evil.example)"
 
 
@@ -3030,10 +3118,12 @@ LEADS = "302 a //evil.example. (leads to evil.example)"
         (MOVED + b"Content-Length: 2\r\n\r\nhi", "own", "302 a"),
         (MOVED + b"\r\nhi", "own", "302 a"),
         (MOVED + b"Content-Length: 3\r\n\r\nhi", "own", "302 a (cut off)"),
-        (MOVED + b"Content-Length: 0\r\n\r\nhi", "own", "302 a, no HTTP/1: b'hi'"),
+        (MOVED + b"Content-Length: 0\r\n\r\nhi", "own", "302 a, not HTTP/1: hi"),
         (MOVED + b"Location: b\r\n\r\n", "own", "302 a b"),
         (b"HTTP/1.1 100 Continue\r\n\r\n" + MOVED + b"\r\n", "own", "100, 302 a"),
-        (b"<h1>no</h1>", "own", "no HTTP/1: b'<h1>no</h1>'"),
+        (b"<h1>no</h1>", "own", "not HTTP/1: <h1>no</h1>"),
+        (b"HTTP/1.0 301 A\r\nB: \0\r\n\r\n", "own", NUL),
+        (MOVED[:29], "own", "a head without its end: HTTP/1.1 302 Found\r\nLocation:"),
         (b"", "own", "closed"),
         # An attack that works is unsafe, whatever the case is about.
         (MOVED + b"Evil: 1\r\n\r\n", "safe", WRITTEN),
@@ -3180,7 +3270,10 @@ ERRORS = {  # a command line: (exit code, what the one line on standard error sa
     "--quiet serve": (2, "--quiet"),
     "selftest --path /x": (2, "--against"),
     "selftest --against a..b": (2, "a..b"),
-    "selftest --against http://127.0.0.1:1": (1, "127.0.0.1:1"),
+    "selftest --against http://127.0.0.1:1": (1, "127.0.0.1:1: a plain GET got no connection"),
+    "selftest --against http://h/foo": (2, "--against takes no path"),
+    "selftest --against h/http://x": (2, "--against"),
+    "selftest --against http://": (2, "'http://' names no host"),
     "demo --path /a --keep-path": (2, "--keep-path"),
     "demo --key k": (2, "--key"),
     "demo --cert /no/such": (2, "/no/such"),
