@@ -3748,15 +3748,12 @@ class Handshake(NamedTuple):
     client_certificate: bool = False  # whether the server wants one
 
 
-def tls_context(
-    trust: Optional[Trust], flags: int = 0, check_name: bool = True, strict: bool = False
-) -> ssl.SSLContext:
+def tls_context(trust: Optional[Trust], flags: int = 0, strict: bool = False) -> ssl.SSLContext:
     """Return a context with the settings of browsers, the same on every Python.
 
-    trust       None: take every certificate
-    flags       of X509_VERIFY_PARAM
-    check_name  whether the certificate has to have the server's name
-    strict      do not speak to a server without RFC 5746, as browsers do
+    trust   None: take every certificate
+    flags   of X509_VERIFY_PARAM
+    strict  do not speak to a server without RFC 5746, as browsers do
 
     Not ssl.create_default_context(): its ciphers and flags change with Python.  Since 3.13 it
     sets X509_STRICT, which the authorities of many companies fail.
@@ -3768,13 +3765,11 @@ def tls_context(
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    if getattr(ssl, "HAS_NEVER_CHECK_COMMON_NAME", False):  # from Python 3.7 on
-        context.hostname_checks_common_name = False
     context.options |= OP_LEGACY_SERVER_CONNECT
     if strict:
         context.options &= ~OP_LEGACY_SERVER_CONNECT
     context.verify_flags = ssl.VerifyFlags(X509_PARTIAL_CHAIN | flags)
-    context.check_hostname = check_name and trust is not None
+    context.check_hostname = False  # is_named() does it
     if trust is None:
         context.verify_mode = ssl.CERT_NONE
     elif trust:
@@ -3794,6 +3789,24 @@ def is_old(cipher: str) -> bool:
     """Return whether a cipher has no forward secrecy or no authenticated encryption."""
     modern = cipher.startswith("ECDHE") and ("GCM" in cipher or "CHACHA20" in cipher)
     return not (modern or cipher.startswith("TLS_"))
+
+
+def is_named(fields: Dict[str, Any], name: str) -> bool:
+    """Return whether a certificate with these fields is for a server name, as browsers see it.
+
+    The common name never counts.  Not check_hostname: of "m*.h", "*.h" for "a_b.h" and a final
+    dot, each Python thinks otherwise.
+    """
+    name = name.strip("[]")
+    entries = fields.get("subjectAltName", ())
+    if is_address(name):
+        # Python 3.6 ends an IPv6 address with a line end.
+        texts = [text.strip() for kind, text in entries if kind == "IP Address"]
+        return any(is_address(text) and ip_address(text) == ip_address(name) for text in texts)
+    below = name.partition(".")[2]
+    wanted = [name, f"*.{below}"] if "." in below else [name]
+    texts = [re.sub(r"\.\Z", "", text.lower()) for kind, text in entries if kind == "DNS"]
+    return any(text in wanted for text in texts)
 
 
 def certificate_dates(fields: Dict[str, Any]) -> List[Problem]:
@@ -3958,9 +3971,8 @@ class Visit:
                     tls.settimeout(min(2, tls.gettimeout()))  # most servers stay silent
                     tls.recv(1)
                     return Handshake()
-            except (ssl.SSLError, ssl.CertificateError) as error:
-                # A wrong name is a ValueError in Python 3.6, and OpenSSL's reason is lost.
-                if not isinstance(error, OSError) or "VERIFY_FAILED" in str(error):
+            except ssl.SSLError as error:
+                if "VERIFY_FAILED" in str(error):
                     unknown = "Python 3.6 does not say why"
                     return Handshake(refused=getattr(error, "verify_message", unknown))
                 # A server that shares no cipher with us sends alert 40 too, but then there is
@@ -3974,16 +3986,15 @@ class Visit:
     def certificate_problems(self, url: Url, certificate: bytes, refused: str) -> List[Problem]:
         """Find out why a certificate is not trusted: each handshake asks one question."""
 
-        def trusted(trust: Trust, flags: int, check_name: bool = False) -> Dict[str, Any]:
-            return self.shake_hands(url, tls_context(trust, flags, check_name)).fields
+        def trusted(trust: Trust, flags: int) -> Dict[str, Any]:
+            return self.shake_hands(url, tls_context(trust, flags)).fields
 
-        # With itself as its authority, at any time: what does it say, and does it say the name?
+        # With itself as its authority, at any time: what does it say?
         itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
         fields = trusted(itself, X509_NO_CHECK_TIME)
         problems = certificate_dates(fields) if fields else []
         outdated = any(SEVERITY_OF[id] == "critical" for id, _ in problems)
-        named = "subjectAltName" in fields and trusted(itself, X509_NO_CHECK_TIME, True)
-        if fields and not named:
+        if fields and not is_named(fields, url.name):
             problems.append(("redirection-invalid-cert.name", {"host": url.name}))
         # Whatever its name and its own dates: does it lead to an authority?
         if trusted(self.site.trust, X509_NO_CHECK_TIME if outdated else 0):
@@ -4010,8 +4021,7 @@ class Visit:
         if is_old(first.cipher):
             problems.append(("tls-old", {"what": f"TLS 1.2 with {first.cipher}"}))
         trusted = self.shake_hands(url, self.site.trusting)
-        # Python 3.6 takes the name in the common name too, where there is no subjectAltName.
-        if "subjectAltName" in trusted.fields:
+        if is_named(trusted.fields, url.name):
             return problems + certificate_dates(trusted.fields)
         return problems + self.certificate_problems(url, first.certificate, trusted.refused)
 

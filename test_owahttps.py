@@ -1849,6 +1849,7 @@ CERTIFICATES = {
     "good": ("authority", OURS, -99, 99, "leaf", "0"),
     "six-days": ("authority", OURS, -1, 5, "leaf", "0"),
     "begun-in-the-20th-century": ("authority", OURS, -12000, 99, "leaf", "0"),
+    "final-dot": ("authority", "DNS:LocalHost.", -99, 99, "leaf", "0"),
     "soon": ("authority", OURS, -99, 5, "leaf", "1 cert-expires-soon"),
     "expired": ("authority", OURS, -99, -9, "leaf", f"2 {CERT}expired"),
     "future": ("authority", OURS, 9, 99, "leaf", f"2 {CERT}not-yet-valid"),
@@ -2432,6 +2433,37 @@ def test_cookies(field, set_at, asked, sent):
     response = owahttps.Response(200, [("set-cookie", field)], b"", True)
     cookies = owahttps.read_cookies(response, here)
     assert any(cookie.goes_to(there) for cookie in cookies) == sent
+
+
+# The entries of a certificate, and whether browsers take it for this name.
+NAMED = [
+    ("DNS:a.h.example", "a.h.example", True),
+    ("DNS:A.H.Example.", "a.h.example", True),
+    ("DNS:a.h.example..", "a.h.example", False),
+    ("DNS:b.h.example DNS:a.h.example", "a.h.example", True),
+    ("DNS:*.h.example", "a.h.example", True),
+    ("DNS:*.h.example", "a_b.h.example", True),
+    ("DNS:*.H.example.", "xn--bcher-kva.h.example", True),
+    ("DNS:*.h.example", "a.b.h.example", False),
+    ("DNS:*.h.example", "h.example", False),
+    ("DNS:*.example", "h.example", False),
+    ("DNS:*", "h", False),
+    ("DNS:a*.h.example DNS:*a.h.example DNS:a.*.example", "a.h.example", False),
+    ("DNS:xn--*.h.example", "xn--bcher-kva.h.example", False),
+    ("email:a.h.example IP Address:192.0.2.1", "a.h.example", False),
+    ("IP Address:192.0.2.1", "192.0.2.1", True),
+    ("DNS:192.0.2.1 DNS:*.0.2.1", "192.0.2.1", False),
+    ("IP Address:2001:DB8:0:0:0:0:0:1\n", "[2001:db8::1]", True),
+    ("IP Address:<invalid>", "192.0.2.1", False),
+    ("", "a.h.example", False),  # the common name never counts
+]
+
+
+@pytest.mark.parametrize("entries, name, named", NAMED)
+def test_names_of_a_certificate(entries, name, named):
+    pairs = re.findall("(DNS|email|IP Address):([^ ]*)", entries)
+    fields = {"subject": ((("commonName", name),),), "subjectAltName": pairs}
+    assert owahttps.is_named(fields, name) == named
 
 
 @needs("openssl")
