@@ -3586,15 +3586,29 @@ def read_target(text: str) -> Tuple[Url, Url]:
 class Cookie(NamedTuple):
     """What one chain of redirects needs of a Set-Cookie field."""
 
-    name: str
-    value: str  # "": it is being deleted
+    name: str  # "": browsers also take a value without a name, and send it so
+    value: str
     domain: str  # it goes to this name and to names below it
+    path: str  # it goes to this path and to paths below it
     secure: bool
+    deleted: bool
 
     def goes_to(self, url: Url) -> bool:
         """Return whether a browser sends this cookie to url (RFC 6265 section 5.4)."""
+        path = url.target.partition("?")[0]
+        folder = self.path if self.path.endswith("/") else f"{self.path}/"
+        inside = path == self.path or path.startswith(folder)
         below = f".{url.name}".endswith(f".{self.domain}")
-        return below and self.value != "" and (url.scheme == "https" or not self.secure)
+        return below and inside and not self.deleted and (url.scheme == "https" or not self.secure)
+
+
+def is_refused(cookie: Cookie, attributes: Dict[str, str]) -> bool:
+    """Return whether browsers refuse a cookie that breaks a promise (RFC 6265bis section 5.7)."""
+    start = (cookie.name or cookie.value).lower()
+    if start.startswith("__host-"):
+        return not cookie.secure or cookie.path != "/" or attributes.get("domain", "") != ""
+    to_other_sites = attributes.get("samesite", "").lower() == "none"
+    return not cookie.secure and (to_other_sites or start.startswith("__secure-"))
 
 
 def is_deleted(attributes: Dict[str, str]) -> bool:
@@ -3614,12 +3628,19 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
     for field in response.values("set-cookie")[:MAX_COOKIES]:
         pairs = [pair.partition("=") for pair in field.split(";")]
         attributes = {name.strip().lower(): value.strip() for name, _, value in pairs[1:]}
-        name, equals, value = pairs[0]
+        name, equals, value = (part.strip() for part in pairs[0])
+        if not equals:
+            name, value = "", name
         domain = attributes.get("domain", "").lower().lstrip(".") or url.name
+        path = attributes.get("path", "")
+        if not path.startswith("/"):  # RFC 6265 section 5.1.4
+            path = url.target.partition("?")[0].rpartition("/")[0] or "/"
+        cookie = Cookie(name, value, domain, path, "secure" in attributes, is_deleted(attributes))
         invalid = len(field) > 4096 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
-        if equals and not invalid and f".{url.name}".endswith(f".{domain}"):
-            kept = "" if is_deleted(attributes) else value.strip()
-            cookies.append(Cookie(name.strip(), kept, domain, "secure" in attributes))
+        if invalid or not (name or value) or is_refused(cookie, attributes):
+            continue
+        if f".{url.name}".endswith(f".{domain}"):
+            cookies.append(cookie)
     return cookies
 
 
@@ -4133,7 +4154,7 @@ class Visit:
     def judge_fields(self, url: Url, response: Response) -> None:
         """Judge cookies and Strict-Transport-Security, of every answer."""
         policies = list(dict.fromkeys(response.values("strict-transport-security")))
-        set_now = [cookie for cookie in read_cookies(response, url) if cookie.value]
+        set_now = [cookie for cookie in read_cookies(response, url) if not cookie.deleted]
         if url.scheme == "http":
             if set_now:
                 self.found("cookie-over-http", url)
@@ -4242,11 +4263,12 @@ class Visit:
         """Ask for start, go where it leads, and judge every hop."""
         url = start
         # There are sites that set a cookie and redirect to themselves until it comes back.
-        jar: Dict[Tuple[str, str], Cookie] = {}
+        jar: Dict[Tuple[str, str, str], Cookie] = {}
         visited: List[Tuple[Url, str]] = []
         while True:
             kept = [one for one in jar.values() if one.goes_to(url)]
-            cookies = "; ".join(f"{one.name}={one.value}" for one in kept)
+            pairs = [f"{one.name}={one.value}" if one.name else one.value for one in kept]
+            cookies = "; ".join(pairs)
             if (url, cookies) in visited or len(visited) == MAX_HOPS:
                 self.found("redirect-loop", start)
                 return
@@ -4258,7 +4280,7 @@ class Visit:
                 return
             for cookie in read_cookies(response, url):
                 if url.scheme == "https" or not cookie.secure:
-                    jar[cookie.name, cookie.domain] = cookie
+                    jar[cookie.name, cookie.domain, cookie.path] = cookie
             following = self.next_url(url, response)
             if following is None:
                 self.judge_last(start, url, response)

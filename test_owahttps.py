@@ -2022,7 +2022,7 @@ def until_cookie(cookie):
     """Set a cookie and redirect to the same URL, until it comes back."""
 
     def answer(sock, server):
-        name = cookie.partition("=")[0].encode()
+        name = re.split("[=;]", cookie)[0].encode()
         again = to("PATH", YEAR, "Set-Cookie: " + cookie, status="302 Found")
         return HOME if b"Cookie: " + name in server.requests[-1] else again
 
@@ -2154,7 +2154,12 @@ SECURE = {
     "a Secure with a value": ("0", secure_says("Set-Cookie: a=b; Path=/; Secure=true")),
     "a SecurE": ("0", secure_says("Set-Cookie: a=b; SecurE")),
     "a cookie named secure": (INSECURE_COOKIE, secure_says("Set-Cookie: secure=1; HttpOnly")),
-    "a cookie without a value": ("0", secure_says("Set-Cookie: a=", "Set-Cookie: ")),
+    "an empty cookie": ("0", secure_says("Set-Cookie: a=; Max-Age=0", "Set-Cookie: ")),
+    "a cookie without a value": (INSECURE_COOKIE, secure_says("Set-Cookie: a=")),
+    "an empty cookie, then the same URL": ("0", until_cookie("seen=; Secure; Path=/")),
+    "a cookie without a name": ("0", until_cookie("seen; Secure; Path=/")),
+    "a cookie of another path": (f"2 {LOOP}", until_cookie("seen=1; Secure; Path=/app")),
+    "a cookie that browsers refuse": (f"2 {LOOP}", until_cookie("__Host-seen=1; Path=/")),
     "a cookie of Max-Age -1": ("0", secure_says("Set-Cookie: a=x; Max-Age=-1")),
     "a cookie of long ago": ("0", secure_says("Set-Cookie: a=x; " + LONG_AGO)),
     "Max-Age is first": (INSECURE_COOKIE, secure_says("Set-Cookie: a=x; Max-Age=1; " + LONG_AGO)),
@@ -2422,7 +2427,25 @@ COOKIES = [
     ("a=b; " + LONG_AGO, "https://h/", "https://h/", False),
     ("a=b; Expires=nonsense", "https://h/", "https://h/", True),
     ("a=b\rX: y", "https://h/", "https://h/", False),
-    ("a", "https://h/", "https://h/", False),
+    ("a=", "https://h/", "https://h/", True),
+    ("a", "https://h/", "https://h/", True),
+    ("=", "https://h/", "https://h/", False),
+    ("a=; Max-Age=0", "https://h/", "https://h/", False),
+    ("a=b; Path=/app", "https://h/", "https://h/app?x=/", True),
+    ("a=b; Path=/app", "https://h/", "https://h/app/x", True),
+    ("a=b; Path=/app/", "https://h/", "https://h/app", False),
+    ("a=b; Path=/app", "https://h/", "https://h/apple", False),
+    ("a=b; Path=x", "https://h/app/y?z=/z", "https://h/app/", True),
+    ("a=b", "https://h/app/y", "https://h/", False),
+    ("a=b", "https://h/app", "https://h/x", True),
+    ("__Host-a=b; Path=/; Secure", "https://h/", "https://h/", True),
+    ("__Host-a=b; Path=/", "https://h/", "https://h/", False),
+    ("__host-a=b; Path=/app; Secure", "https://h/", "https://h/app", False),
+    ("__Host-a=b; Path=/; Secure; Domain=h", "https://h/", "https://h/", False),
+    ("__Secure-a=b; Secure; Domain=h", "https://h/", "https://h/", True),
+    ("__Secure-a=b", "https://h/", "https://h/", False),
+    ("a=b; SameSite=None; Secure", "https://h/", "https://h/", True),
+    ("a=b; SameSite=none", "https://h/", "https://h/", False),
 ]
 
 
