@@ -3670,7 +3670,13 @@ def read_hsts(field: str) -> Optional[Hsts]:
 # Each tag is bounded, so that no page takes long.
 META = re.compile(r"(?i)<meta\s[^<>]{0,1000}>")
 REFRESH = re.compile(r"(?i)\shttp-equiv\s*=\s*[\"']?refresh\b")
-REFRESH_URL = re.compile(r"(?i)[;,\s]url\s*=\s*[\"']?([^\"'\s>]+)")
+CONTENT = re.compile(r"(?i)\scontent\s*=\s*(?:\"([^\"]*)|'([^']*)|([^\s>]+))")
+# What no browser with scripts takes for a tag.
+HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<noscript\b.*?(?:</noscript|\Z)")
+# HTML section 4.2.5.3, with at most 10 seconds: a page that tells people to wait is no redirect.
+REFRESH_NOW = re.compile(
+    r"(?i)\s*0*(?:10|[0-9])(?:\.[0-9.]*)?(?:\s*[;,]|\s)\s*(?:url\s*=\s*)?[\"']?([^\"'\s]+)"
+)
 
 
 def text_of(response: Response) -> str:
@@ -3678,13 +3684,23 @@ def text_of(response: Response) -> str:
     return response.body.decode("latin-1")
 
 
-def refresh_of(response: Response) -> str:
-    """Return the URL of a page's meta refresh, or of the field Refresh, or ""."""
-    tags = [tag for tag in META.findall(text_of(response)) if REFRESH.search(tag)]
-    for text in tags + response.values("refresh"):
-        match = REFRESH_URL.search(text)
-        if match:
-            return match.group(1).replace("&amp;", "&")
+def refresh_of(response: Response, url: Url) -> str:
+    """Return the URL that a page leads to at once, by the field Refresh or a meta tag, or "".
+
+    Only one elsewhere: a page may reload itself.  Over https only one to plain HTTP: the body of
+    a good page is not read there.
+    """
+    texts = response.values("refresh")
+    if url.scheme == "http":
+        tags = META.findall(HIDDEN.sub("", text_of(response)))
+        contents = [CONTENT.search(tag) for tag in tags if REFRESH.search(tag)]
+        texts += ["".join(one.groups("")).replace("&amp;", "&") for one in contents if one]
+    for match in filter(None, map(REFRESH_NOW.match, texts)):
+        with contextlib.suppress(ValueError):  # browsers ignore an invalid one
+            following = resolve(match.group(1), url)
+            elsewhere = following.origin() != url.origin()
+            if elsewhere and "http" in (url.scheme, following.scheme):
+                return match.group(1)
     return ""
 
 
@@ -4194,7 +4210,7 @@ class Visit:
         """Return where a browser goes from this answer; None where it stays."""
         locations = list(dict.fromkeys(text.strip() for text in response.values("location")))
         if not is_redirect(response):
-            refresh = refresh_of(response) if url.scheme == "http" else ""
+            refresh = refresh_of(response, url)
             if not refresh:
                 return None
             locations = [refresh]

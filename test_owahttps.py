@@ -2039,6 +2039,8 @@ IIS5 = says("403 Forbidden", body="<h1>The page must be viewed over a secure cha
 IIS7 = says("403 Forbidden", IIS_FIELD, body="403.4 - Forbidden: secured with Secure Sockets Layer")
 IIS6 = says("403 Forbidden", IIS_FIELD, body="HTTP Error 403.6 - Forbidden")
 META = '<html><head><META HTTP-EQUIV="refresh" CONTENT="0; URL=\'%s\'"></head>'
+TAG = "<meta http-equiv=refresh content="
+ELSEWHERE = says("200 OK", body=META % "http://127.0.0.1:PLAIN/x")
 NGINX_400 = says("400 Bad Request", YEAR, body="No required SSL certificate was sent")
 LONG_AGO = "expires=Thu, 01-Jan-1970 00:00:01 GMT"
 DEEP = "/exchange/inbox/?cmd=contents&x=a%2Fb"
@@ -2102,7 +2104,21 @@ PLAIN = {
     "304 is no redirect": (f"2 {MISSING}", says("304 Not Modified", "Location: " + S)),
     "meta refresh": (f"1 {REFRESH}", says("403 Forbidden", body=META % S)),
     "a Refresh field": (f"1 {REFRESH}", says("200 OK", "Refresh: 0;url=" + S)),
-    "meta refresh to http": (f"{INITIAL} {LOOP}", says("200 OK", body=META % P)),
+    "a Refresh field of 10 s": (f"1 {REFRESH}", says("200 OK", f"Refresh: 010.5 , {S}")),
+    "a Refresh field of 11 s": (f"2 {MISSING}", says("200 OK", f"Refresh: 11; url={S}")),
+    "a Refresh to javascript:": (f"2 {MISSING}", says("200 OK", "Refresh: 0; url=javascript:x")),
+    "meta refresh to http": (f"2 {MISSING}", says("200 OK", body=META % P)),
+    "meta refresh to http elsewhere": (f"{INITIAL} {LAST}", ELSEWHERE),
+    "meta refresh without url=": (
+        f"1 {REFRESH}",
+        says("200 OK", body=(META % S).replace("URL=", "")),
+    ),
+    "meta refresh without quotes": (f"1 {REFRESH}", says("200 OK", body=f"{TAG}0;{S}>")),
+    "meta refresh of 30 min": (f"2 {MISSING}", says("200 OK", body=f"{TAG}'1800;url={S}'>")),
+    "meta refresh of itself": (f"2 {MISSING}", says("200 OK", body=f"{TAG}5>")),
+    "meta refresh in a comment": (f"2 {MISSING}", says("200 OK", body=f"<!--{META % S}-->")),
+    "meta refresh after a comment": (f"1 {REFRESH}", says("200 OK", body=f"<!---->{META % S}")),
+    "meta refresh without scripts": (f"2 {MISSING}", says("200 OK", body=f"<NoScript>{META % S}")),
     "a redirect that wants Upgrade-Insecure-Requests": (FINE, only_upgrades),
     "HSTS in clear": (f"1 redirects.http.useless_header {FOUND}", to(S + "/", YEAR)),
     "a cookie in clear": (f"1 cookie-over-http {FOUND}", to(S + "/", "Set-Cookie: a=b; Secure")),
@@ -2142,6 +2158,8 @@ SECURE = {
     "a page that is broken": ("1 https-error", says("500 Internal Server Error", YEAR)),
     "a page that stays open": ("0", script(OPEN)),
     "a page with its length that stays open": ("0", script(HOME.replace(b"200", b"400"))),
+    "a Refresh to http": (f"2 {BACK} {LOOP}", secure_says(f"Refresh: 0; url={P}/")),
+    "a Refresh of itself": ("0", secure_says("Refresh: 0; url=/")),
     "no HSTS": (NO_HSTS, PAGE),
     "HSTS of a month": (SHORT_AGE, HOME.replace(b"31536000", b"2592000; includeSubDomains")),
     "HSTS of 180 days": (BELOW_1_YEAR, HOME.replace(b"31536000", b"15552000")),
