@@ -1740,7 +1740,7 @@ def running(server: HTTPServer) -> Iterator[Address]:
 
 # As lenient as browsers are: letters in any case, empty lines before it, any version, more blanks
 # than one, and none after the status.
-STATUS_LINE = re.compile(rb"(?i)[\r\n]{0,4}HTTP/[0-9.]+ +([1-5][0-9][0-9])(?: [^\n]*)?\r?\n")
+STATUS_LINE = re.compile(rb"(?i)[\r\n]{0,4}HTTP/[0-9.]+ +([1-9][0-9][0-9])(?: [^\n]*)?\r?\n")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
@@ -1762,33 +1762,35 @@ class Response(NamedTuple):
 
 def read_field_lines(lines: List[str]) -> List[Tuple[str, str]]:
     """Take field lines apart; a fold is replaced with a blank (RFC 9112 section 5.2)."""
-    fields: List[Tuple[str, str]] = []
+    fields: List[Tuple[str, List[str]]] = []
     for line in lines:
         name, colon, value = line.partition(":")
         if line[:1] in ("\t", " ") and fields:
-            name, start = fields.pop()
-            fields.append((name, f"{start} {line.strip()}".strip()))
+            fields[-1][1].append(line.strip())
         elif colon:
-            fields.append((name.strip("\t ").lower(), value.strip("\t\r ")))
-    return fields
+            fields.append((name.strip("\t ").lower(), [value.strip("\t\r ")]))
+    return [(name, " ".join(filter(None, parts))) for name, parts in fields]
 
 
 def read_chunks(data: bytes) -> Tuple[bytes, bytes, bool]:
     """Return a chunked body (RFC 9112 section 7.1), what follows it, and whether it is complete."""
-    body = b""
+    pieces: List[bytes] = []
+    at = 0
     while True:
-        line, end, rest = data.partition(b"\n")
-        size_text = line.partition(b";")[0].strip()
-        if not end or not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text):
-            return body, data if end else b"", False
+        end = data.find(b"\n", at)
+        size_text = data[at : max(end, at)].partition(b";")[0].strip()
+        if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text):
+            return b"".join(pieces), data[at:] if end >= 0 else b"", False
         size = int(size_text, 16)
         if size == 0:  # trailer fields may follow, which are skipped
-            _, end, rest = (b"\n" + rest).partition(b"\n\r\n")
-            return body, rest, bool(end)
-        body += rest[:size]
-        if len(rest) < size + 2:
-            return body, b"", False
-        data = rest[size:].lstrip(b"\r\n")
+            _, blank, rest = data[end:].partition(b"\n\r\n")
+            return b"".join(pieces), rest, bool(blank)
+        pieces.append(data[end + 1 : end + 1 + size])
+        at = end + 1 + size
+        if len(data) < at + 2:
+            return b"".join(pieces), b"", False
+        while data[at : at + 1] in (b"\r", b"\n"):
+            at += 1
 
 
 def read_response(data: bytes, head_only: bool = False) -> Tuple[Optional[Response], bytes]:
@@ -3549,11 +3551,16 @@ def resolve(text: str, base: Url) -> Url:
     """
     text = re.sub(r"[\t\r\n]", "", text.strip(C0_AND_BLANK)).partition("#")[0]
     path, mark, query = text.partition("?")
-    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]*):", path)
-    if scheme and scheme.group(1).lower() not in PORTS:
-        raise ValueError(f"{scheme.group(1)[:20]!a} is not http or https")
-    # "https:/h\x" is https://h/x.
-    path = re.sub("^(?i:(https?:)/*|//+)", r"\1//", path.replace("\\", "/"))
+    path = path.replace("\\", "/")
+    start = re.match("([A-Za-z][A-Za-z0-9+.-]*):", path)
+    scheme = start.group(1).lower() if start else base.scheme
+    if scheme not in PORTS:
+        raise ValueError(f"{scheme[:20]!a} is not http or https")
+    path = path[start.end() :] if start else path
+    if path.startswith("//") or scheme != base.scheme:  # from http, "https:/h" is https://h/
+        path = f"{scheme}://{path.lstrip('/')}"
+    elif path[:1] not in ("", "/"):  # from https, "https:x" is x; a colon in it is no scheme's
+        path = "./" + path
     parts = urlsplit(urljoin(str(base), path + mark + query))
     host = parts.netloc.rpartition("@")[2].encode("latin-1").decode("utf-8")
     name, port = split_authority(ascii_authority(host))
@@ -4102,6 +4109,9 @@ class Visit:
         if isinstance(error, TIME_OUT):
             self.silent[url.origin()] = error
         response = final_response(data)
+        if not response and not error and url.scheme == "http" and len(data) < MAX_ANSWER:
+            # It was closed.  For browsers that ends a head too, but not over https.
+            response = final_response(data.rstrip() + b"\r\n\r\n")
         if response:
             return response
         if data and not isinstance(error, TIME_OUT):
