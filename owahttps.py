@@ -1742,6 +1742,7 @@ def running(server: HTTPServer) -> Iterator[Address]:
 # than one, and none after the status.
 STATUS_LINE = re.compile(rb"(?i)[\r\n]{0,4}HTTP/[0-9.]+ +([1-9][0-9][0-9])(?: [^\n]*)?\r?\n")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
+CHUNK_LINE = re.compile(rb"\s*([0-9A-Fa-f]{1,8})[ \t\r]*(?:;[^\n]*)?\n")
 
 
 class Response(NamedTuple):
@@ -1776,21 +1777,19 @@ def read_chunks(data: bytes) -> Tuple[bytes, bytes, bool]:
     """Return a chunked body (RFC 9112 section 7.1), what follows it, and whether it is complete."""
     pieces: List[bytes] = []
     at = 0
-    while True:
-        end = data.find(b"\n", at)
-        size_text = data[at : max(end, at)].partition(b";")[0].strip()
-        if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text):
-            return b"".join(pieces), data[at:] if end >= 0 else b"", False
-        size = int(size_text, 16)
+    line = CHUNK_LINE.match(data)
+    while line:
+        size, start = int(line.group(1), 16), line.end()
         if size == 0:  # trailer fields may follow, which are skipped
-            _, blank, rest = data[end:].partition(b"\n\r\n")
-            return b"".join(pieces), rest, bool(blank)
-        pieces.append(data[end + 1 : end + 1 + size])
-        at = end + 1 + size
+            _, end, rest = data[start - 1 :].partition(b"\n\r\n")
+            return b"".join(pieces), rest, bool(end)
+        pieces.append(data[start : start + size])
+        at = start + size
         if len(data) < at + 2:
             return b"".join(pieces), b"", False
-        while data[at : at + 1] in (b"\r", b"\n"):
-            at += 1
+        line = CHUNK_LINE.match(data, at)
+    rest = data[at:].lstrip(b"\r\n")
+    return b"".join(pieces), rest if b"\n" in rest else b"", False
 
 
 def read_response(data: bytes, head_only: bool = False) -> Tuple[Optional[Response], bytes]:
@@ -3374,7 +3373,7 @@ FINDINGS = {
         "cut-short": "the check of {url} ended after {seconds} s, unfinished: raise --timeout",
     },
     "critical": {
-        "nothing-answers": "neither {url} nor {secure} answers {why}: is that host up?",
+        "nothing-answers": "neither {url} nor {secure} answers {why}: {advice}",
         "http-no-answer": "{url} gave no answer {why}: look at its server",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
         "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or redirect elsewhere",
@@ -3585,6 +3584,13 @@ def read_target(text: str) -> Tuple[Url, Url]:
     ports = dict(PORTS, **{given.scheme: given.port})
     plain, secure = (given._replace(scheme=scheme, port=port) for scheme, port in ports.items())
     return plain, secure
+
+
+def read_server(text: str) -> Url:
+    """Return the plain URL of HOST:PORT; ValueError if it is more than that, or invalid."""
+    if re.search(r"[/\\?#]", text):
+        raise ValueError(f"{text[:300]!a} is not HOST:PORT")
+    return read_target(text)[0]
 
 
 # ---- The check: what a response says -------------------------------------------------
@@ -4392,7 +4398,9 @@ def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address
     if has_no_way(error) or (alive and not family and not refused):
         site.found("address-unreachable", host, why=why)
     else:
-        site.found("nothing-answers", site.plain.origin(), host, secure=secure, why=why)
+        advice = "start its server" if refused else "is that host up?"
+        values = {"secure": secure, "why": why, "advice": advice}
+        site.found("nothing-answers", site.plain.origin(), host, **values)
 
 
 def judge_unresolved(site: Site, server: Url, family: int, error: OSError) -> None:
@@ -4458,12 +4466,13 @@ def check(
     OSError for a trust that cannot be read; never for the target or for what a server does.
     """
     check_ignored(ignore)
+    server = read_server(connect) if connect else None
     try:
         plain, secure = read_target(target)
     except ValueError as error:  # one invalid target does not stop the others
         return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
-    visit_all(site, read_target(connect)[0] if connect else None, family)
+    visit_all(site, server, family)
     findings = [site.finding(id, ignore) for id in site.seen]
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     severity = findings[0].severity if findings[0].severity in EXIT_CODES else "ok"
@@ -5082,7 +5091,7 @@ def command_check(args: argparse.Namespace) -> int:
     rule_of(fields, 0)
     if args.connect:
         try:
-            read_target(args.connect)
+            read_server(args.connect)
         except ValueError as error:
             raise RuleError(f"--connect: {error}") from None
     family = 0

@@ -2520,6 +2520,17 @@ def test_names_of_a_certificate(entries, name, named):
     assert owahttps.is_named(fields, name) == named
 
 
+MANY_PARTS = [(b"X: y\n", b" a\n"), (b"Transfer-Encoding: chunked\n\n", b"1\na")]
+
+
+@pytest.mark.parametrize("fields, part", MANY_PARTS, ids=["folds", "chunks"])
+def test_no_response_takes_long(fields, part):
+    """The time of folds and chunks must not grow with their square."""
+    start = time.monotonic()
+    assert owahttps.read_response(OK_LINE + fields + part * 300000 + b"\n")[0].status == 200
+    assert time.monotonic() - start < 3
+
+
 @needs("openssl")
 def test_hsts_of_a_parent(certificates, monkeypatch):
     """www.h leads to h, whose includeSubDomains covers www.h: a note, not a warning."""
@@ -2771,7 +2782,7 @@ LINES = [
     (NO_FAMILY, Case("", "", target="127.0.0.1:PLAIN", options="-6")),
     (NO_NAME, Case("", "", target="nowhere.invalid")),
     (
-        f"{NOTHING} (Connection refused): is that host up?\n",
+        f"{NOTHING} (Connection refused): start its server\n",
         Case("", "", None, None, target="127.0.0.1:PLAIN", options="--https-port 1"),
     ),
     (SILENT_TEXT, Case("", "", script(b""), options=SHORT)),
@@ -2881,6 +2892,7 @@ WRONG_USAGE = [
     *("--path x localhost", "--status 303 localhost", "--https-port 0 localhost"),
     *("--host a:1 localhost", "--ca-file /nowhere localhost", "--ca-file /dev/null localhost"),
     *("--connect x:y localhost", "--connect ftp://x localhost", "--ignore nope localhost"),
+    *("--connect h/x localhost", "--connect https://h:8443 localhost"),
 ]
 
 
