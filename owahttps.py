@@ -136,6 +136,7 @@ PERCENT_ENCODED = {
     code: f"%{code:02X}" for code in range(256) if not re.match(f"[{IN_URL}]", chr(code))
 }
 STATUSES = (301, 302, 307, 308)
+PERMANENT = (301, 308)
 
 
 def is_address(host: str) -> bool:
@@ -625,7 +626,7 @@ def render(
     head = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\nServer: owahttps\r\n"
     if location:
         head += f"Location: {location}\r\n"
-    if status in (301, 308):  # browsers cache these without limit: let a wrong one expire
+    if status in PERMANENT:  # browsers cache these without limit: let a wrong one expire
         head += "Cache-Control: max-age=86400\r\n"
     if status in (204, 405):
         head += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
@@ -1820,7 +1821,7 @@ def converse(
     sock: Any,
     request: bytes,
     deadline: float,
-    enough: Callable[[bytes], bool] = lambda data: False,
+    enough: Callable[[bytes], bool] = lambda _: False,
     most: int = 64 * 1024,
 ) -> Tuple[bytes, Optional[OSError]]:
     """Send a request, and receive until enough(data), until the other side closes, or the deadline.
@@ -1941,7 +1942,7 @@ def method_cases(rule: RedirectRule) -> List[Case]:
     hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in the clear", get)
     # Browsers keep a permanent redirect that is wrong, until its lifetime ends.
     day = case(OWN, "permanent-for-a-day", "browsers", "a lifetime of a day", get, home)
-    lifetime = "max-age=86400" if rule.status in (301, 308) else None
+    lifetime = "max-age=86400" if rule.status in PERMANENT else None
     return [
         line_case(OWN, "get", "RFC 6797 7.2", GET, home),
         line_case(OWN, "head", "RFC 9110 9.3.2", "HEAD / HTTP/1.1", home),
@@ -2854,7 +2855,7 @@ def site_script(rule: RedirectRule, port: int) -> str:
             f"%APPCMD% set config {place} %REDIRECT% -httpResponseStatus:{IIS_STATUS[rule.status]}"
             f' -exactDestination:{str(exact).lower()} -destination:"{destination}" || goto failed\n'
         )
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         settings += (
             "%APPCMD% set config owahttps -section:system.webServer/httpProtocol -commit:apphost"
             " /+\"redirectHeaders.[name='Cache-Control',value='max-age=86400']\" || goto failed\n"
@@ -2964,7 +2965,7 @@ def nginx_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     for field, pattern in PROXY_FIELDS.items():
         variable = "$http_" + field.lower().replace("-", "_")
         yield f'        if ({variable} ~* "{pattern}") {{ return 421; }}'
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"        {A_DAY}"
         yield "        add_header Cache-Control max-age=86400;"
     if rule.keep_path:
@@ -3009,7 +3010,7 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "    UseCanonicalName Off"
     yield "    # Otherwise %2F gets 404."
     yield "    AllowEncodedSlashes NoDecode"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"    {A_DAY}"
         when = f"expr=%{{REQUEST_STATUS}} == {rule.status}"
         yield f'    Header always set Cache-Control max-age=86400 "{when}"'
@@ -3087,7 +3088,7 @@ def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "    http-request deny deny_status 421 if loop"
     yield from haproxy_host(rule)
     yield "    http-request deny deny_status 400 unless { path_beg / }"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"    {A_DAY}"
         when = f"{{ status {rule.status} }}"
         yield f"    http-after-response set-header Cache-Control max-age=86400 if {when}"
@@ -3139,7 +3140,7 @@ def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     rest = r"\.?(:[0-9]*)?$"
     yield f"\t\t@host header_regexp host Host `(?i)^({allowed_names(rule) or ANY_HOST}){rest}`"
     yield "\t\troute @host {"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"\t\t\t{A_DAY}"
         yield "\t\t\theader Cache-Control max-age=86400"
     if rule.keep_path:
@@ -4418,7 +4419,7 @@ def check(
 class Once(argparse.Action):
     """An option that may be given once: a second --host would replace the first in silence."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+    def __call__(self, _: Any, namespace: Any, values: Any, option: Any = None) -> None:
         if hasattr(namespace, self.dest):
             raise RuleError(f"{option} is given twice; each further name is an --allow-host")
         setattr(namespace, self.dest, values)
@@ -4497,15 +4498,25 @@ def say(text: str) -> None:
         print(f"owahttps: {text}", file=sys.stderr, flush=True)
 
 
+COLOURS = {
+    # check
+    "ok": 32,
+    "note": 36,
+    "warning": 33,
+    "unknown": 35,
+    "critical": 31,
+    # selftest
+    "unsafe": 31,
+    "MUST": 31,
+    "differs": 33,
+}
+
+
 def print_verdict(word: str, *columns: str) -> None:
     """Print a line that begins with a verdict, coloured for a person (https://no-color.org)."""
-    colours = {
-        **{"ok": 32, "note": 36, "warning": 33, "unknown": 35, "critical": 31},  # check
-        **{"unsafe": 31, "MUST": 31, "differs": 33},  # selftest
-    }
     padded = word.ljust(8)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        padded = f"\033[{colours.get(word, 0)}m{word}\033[m" + padded[len(word) :]
+        padded = f"\033[{COLOURS.get(word, 0)}m{word}\033[m" + padded[len(word) :]
     print("  ".join((padded, *columns)))
 
 
@@ -4607,7 +4618,7 @@ def warnings_for(rule: RedirectRule, host: str) -> Iterator[str]:
     """Yield warnings of what may go wrong later."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "running as root; --user NAME drops that once the port is bound"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         if host == "::1" or host.startswith("127."):
             yield f"browsers keep a {rule.status} for a day, for localhost too, but not a 302"
         if not rule.host and not rule.allow_hosts:
