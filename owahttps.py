@@ -875,7 +875,7 @@ READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
 
 
 def read_token(folder: str, token: str) -> Optional[bytes]:
-    """Return the file of an ACME token, None where there is none.
+    """Return the file of an ACME token, None where there is none; raises PermissionError.
 
     certbot --webroot writes FOLDER/.well-known/acme-challenge/TOKEN, acme-tiny and dehydrated
     write FOLDER/TOKEN.  It must be a regular file, not a link, and at most MAX_TOKEN_FILE long.
@@ -884,13 +884,17 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
         # Should a link or a FIFO replace the file after lstat(), open() neither follows nor waits.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_BINARY", 0)
-        with contextlib.suppress(OSError):
+        try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 continue
             with open(os.open(path, flags), "rb") as file:
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     data = file.read(MAX_TOKEN_FILE + 1)
                     return data if len(data) <= MAX_TOKEN_FILE else None
+        except PermissionError:
+            raise
+        except OSError:
+            continue
     return None
 
 
@@ -1044,7 +1048,12 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + self.drain_seconds
 
     def find_token(self, token: str) -> Optional[bytes]:
-        return read_token(self.rule.acme_dir, token)
+        """Return the file of an ACME token, None where there is none."""
+        try:
+            return read_token(self.rule.acme_dir, token)
+        except PermissionError:
+            self.log_error("error: the file of an ACME token cannot be read by this user")
+            return None
 
     def address_string(self) -> str:
         return self.client

@@ -1219,6 +1219,16 @@ def test_acme_tokens_of_both_layouts(tmp_path):
             assert [status("link"), status("fifo")] == [[404], [404]]
 
 
+def test_a_token_that_may_not_be_read_is_told(monkeypatch):
+    def lstat(path):
+        raise PermissionError(errno.EACCES, "no", path)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with listening(rule=RedirectRule(acme_dir="/x")) as server:
+        assert statuses(ask(server.address, get(owahttps.ACME_PREFIX + "one"))) == [404]
+        assert len(server.error_log) == 1 and "cannot be read by this user" in server.error_log[0]
+
+
 @linux
 @pytest.mark.parametrize("other", ("link", "fifo"))
 def test_a_token_that_is_swapped(other, tmp_path, monkeypatch):
