@@ -871,6 +871,8 @@ def error_line(client: str, text: str) -> str:
 # Why not asyncio or threads: they need three to six times the processor time for each request.
 # Why not logging: its handlers wait for a reader that stalls.
 
+# Linux: the last answer and the end of the connection travel in one packet.
+MSG_MORE = getattr(socket, "MSG_MORE", 0)
 READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
 
 
@@ -1019,7 +1021,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
         """Send what there is to send, and choose the next state."""
         if self.outgoing:
             try:
-                self.outgoing = self.outgoing[self.request.send(self.outgoing) :]
+                flags = MSG_MORE if self.close_connection else 0
+                self.outgoing = self.outgoing[self.request.send(self.outgoing, flags) :]
             except BlockingIOError:
                 pass
             except OSError:
