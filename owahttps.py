@@ -462,16 +462,6 @@ class Refusal(Exception):
     """The answer is an error: Refusal(status, reason).  The reason never quotes the request."""
 
 
-class Request(NamedTuple):
-    """What an answer depends on."""
-
-    method: str
-    name: str  # the server name, "" where the request has none
-    target: str  # path and query, or "*"
-    body: bool  # whether one follows
-    close: bool  # whether the connection ends after the answer
-
-
 class Answer(NamedTuple):
     """The answer to one request head."""
 
@@ -561,8 +551,12 @@ def effective_target(method: str, host: str, target: str) -> Tuple[str, str]:
     return host, target
 
 
-def read_request(head: str, fields: Dict[str, str]) -> Request:
-    """Take a request head apart; raises Refusal or HostError."""
+def read_request(head: str, fields: Dict[str, str]) -> Tuple[str, str, str, bool, bool]:
+    """Take a request head apart; raises Refusal or HostError.
+
+    Returns the method, the server name ("" where the request has none), path and query (or "*"),
+    whether a body follows, and whether the connection ends after the answer.
+    """
     match = WHOLE_HEAD.fullmatch(head)
     if not match or len(match.group(2)) > MAX_TARGET or len(head) > MAX_HEAD:
         raise fault_of(head)
@@ -577,7 +571,7 @@ def read_request(head: str, fields: Dict[str, str]) -> Request:
     # A body is never read as such.  The connection ends after the answer, so that no body can be
     # taken for a request.  It also ends for HTTP/1.0, and if "close" is part of another option.
     close = body or minor == "0" or "close" in fields.get("connection", "").lower()
-    return Request(method, name, target, body, close)
+    return method, name, target, body, close
 
 
 def no_token(token: str) -> Optional[bytes]:
@@ -585,13 +579,18 @@ def no_token(token: str) -> Optional[bytes]:
 
 
 def decide(
-    request: Request, looped: bool, rule: RedirectRule, find_token: Callable[[str], Optional[bytes]]
+    method: str,
+    name: str,
+    target: str,
+    looped: bool,
+    rule: RedirectRule,
+    find_token: Callable[[str], Optional[bytes]],
 ) -> Tuple[int, str, str]:
     """Return status, Location and text of the answer; raises Refusal."""
-    if request.target == "*":
+    if target == "*":
         return 204, "", ""
-    if (rule.acme_dir or rule.health) and request.method in ("GET", "HEAD", "OPTIONS"):
-        path = request.target.partition("?")[0]
+    if (rule.acme_dir or rule.health) and method in ("GET", "HEAD", "OPTIONS"):
+        path = target.partition("?")[0]
         if rule.acme_dir and path.startswith(ACME_PREFIX):
             token = path[len(ACME_PREFIX) :]
             data = find_token(token) if re.fullmatch("[A-Za-z0-9_-]+", token) else None
@@ -600,13 +599,13 @@ def decide(
             return 200, "", "OK\n"
     if looped:
         raise Refusal(421, LOOP)
-    if not request.name and not rule.host:
+    if not name and not rule.host:
         raise Refusal(400, "no Host field, and the redirect has no --host")
-    if rule.allow_hosts and (request.name or rule.host) not in rule.allow_hosts:
+    if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
         raise Refusal(421, "this server name is not served here")
-    if rule.api and rule.is_api(request.target):
+    if rule.api and rule.is_api(target):
         raise Refusal(403, API)
-    return rule.status, rule.location(request.name, request.target), ""
+    return rule.status, rule.location(name, target), ""
 
 
 def page(status: int, location: str, message: str) -> str:
@@ -666,15 +665,16 @@ def answer(
     fields = read_fields(text)
     location = target = refusal = ""
     try:
-        request = read_request(text, fields)
-        target, more_to_come, close = request.target, request.body, request.close or last
-        status, location, message = decide(request, is_loop(fields), rule, find_token)
+        method, name, target, more_to_come, close = read_request(text, fields)
+        looped = is_loop(fields)
+        status, location, message = decide(method, name, target, looped, rule, find_token)
     except HostError:
         status, refusal = 400, NO_NAME
     except Refusal as refused:
         status, refusal = refused.args
     if refusal:
         message, more_to_come, close = refusal, True, True
+    close = close or last
     # Long ones are rarely asked for twice, and would fill up the memory.
     find_response = shared_render if len(location) + len(message) < 300 else render
     head_only = line.startswith("HEAD ")
