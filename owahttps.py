@@ -227,6 +227,44 @@ def check_path(field: str, path: Any) -> None:
         )
 
 
+def hosts_of_rule(host: str, allow_hosts: Sequence[str]) -> Tuple[str, Tuple[str, ...]]:
+    """Return the fixed host, "" for none, and the names that are allowed; raises RuleError."""
+    check_text("host", host)
+    check_list("allow_hosts", allow_hosts)
+    host = host_of_rule(host) if host else ""
+    allowed = [host_of_rule(name) for name in allow_hosts]
+    if host and allowed:
+        allowed.insert(0, host)  # the host itself is always allowed
+    return host, tuple(dict.fromkeys(allowed))
+
+
+def health_of_rule(health: str, path: str) -> str:
+    """Return the path of health checks, "" for none; raises RuleError."""
+    check_text("health", health)
+    if not health:
+        return ""
+    check_path("health", health)
+    if health == "/":
+        raise RuleError("health '/' is what people type: it has to redirect")
+    if health == path:
+        raise RuleError(f"health {health!a} is where every request leads")
+    if "//" in health:  # servers merge slashes, each in its own way
+        raise RuleError(f"health {health!a} has '//'")
+    return health
+
+
+def api_of_rule(api: Sequence[str]) -> Tuple[str, ...]:
+    """Return the paths of APIs, in lower case and without a last slash; raises RuleError."""
+    check_list("api", api)
+    for path in api:
+        check_path("api", path)
+        if path == "/":
+            raise RuleError("api '/' would leave nothing to redirect")
+        if "//" in path:  # servers merge slashes, each in its own way
+            raise RuleError(f"api {path!a} has '//'")
+    return tuple(path.rstrip("/").lower() for path in api)
+
+
 def percent_encode(target: str) -> str:
     """Return a request target with everything percent-encoded that a URL cannot contain."""
     if OUTSIDE_URL.search(target):  # most targets need nothing, which search() tells fastest
@@ -281,34 +319,14 @@ class RedirectRule(RuleFields):
         api: Sequence[str] = (),
     ) -> "RedirectRule":
         check_path("path", path)
-        check_text("host", host)
+        check_text("acme_dir", acme_dir)
         check_number("https_port", https_port)
         check_number("status", status)
-        check_list("allow_hosts", allow_hosts)
-        check_text("health", health)
-        if health:
-            check_path("health", health)
-        check_text("acme_dir", acme_dir)
-        check_list("api", api)
-        for one in api:
-            check_path("api", one)
         if not 1 <= https_port <= 65535:
             raise RuleError(f"https port {https_port} is not in 1-65535")
         if status not in STATUSES:
             raise RuleError(f"status {int(status)} is not one of 301, 302, 307, 308")
-        if health == "/":
-            raise RuleError("health '/' is what people type: it has to redirect")
-        if health == path and not keep_path:
-            raise RuleError(f"health {health!a} is where every request leads")
-        if any("//" in one for one in (health, *api)):  # servers merge slashes, each in its own way
-            raise RuleError("health and api take no '//'")
-        api = tuple(one.rstrip("/").lower() for one in api)
-        if "" in api:
-            raise RuleError("api '/' would leave nothing to redirect")
-        host = host_of_rule(host) if host else ""
-        allowed = [host_of_rule(name) for name in allow_hosts]
-        if host and allowed:
-            allowed.insert(0, host)  # the host itself is always allowed
+        host, allowed = hosts_of_rule(host, allow_hosts)
         return super().__new__(
             cls,
             path,
@@ -316,10 +334,10 @@ class RedirectRule(RuleFields):
             int(https_port),
             int(status),
             bool(keep_path),
-            tuple(dict.fromkeys(allowed)),
-            health,
+            allowed,
+            health_of_rule(health, "" if keep_path else path),
             acme_dir,
-            api,
+            api_of_rule(api),
         )
 
     @classmethod
@@ -481,8 +499,9 @@ def log_escape(text: str, most: int = MAX_LOGGED) -> str:
     return escaped.encode("ascii", "backslashreplace").decode("ascii")[:most]
 
 
-def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str:
+def log_line(line: str, status: int, size: int, fields: Dict[str, str]) -> str:
     """Return a line of the Combined Log Format, from the request line on."""
+    referer, agent = fields.get("referer") or "-", fields.get("user-agent") or "-"
     logged = f"{line}{referer}{agent}".encode("latin-1")
     # Usually there is nothing to escape, and translate() finds that out faster than a pattern.
     if len(logged.translate(None, NOT_LOGGABLE)) < len(logged) or len(logged) > MAX_LOGGED:
@@ -666,8 +685,7 @@ def answer(
     location = target = refusal = ""
     try:
         method, name, target, more_to_come, close = read_request(text, fields)
-        looped = is_loop(fields)
-        status, location, message = decide(method, name, target, looped, rule, find_token)
+        status, location, message = decide(method, name, target, is_loop(fields), rule, find_token)
     except HostError:
         status, refusal = 400, NO_NAME
     except Refusal as refused:
@@ -681,8 +699,7 @@ def answer(
     response, size = find_response(status, location, message, head_only, close, date)
     if text.startswith("\x16"):  # a TLS client would not understand it
         response = b""
-    referer, agent = fields.get("referer") or "-", fields.get("user-agent") or "-"
-    log = log_line(line, status, size, referer, agent)
+    log = log_line(line, status, size, fields)
     return Answer(response, status, location, target, close, more_to_come, log, refusal)
 
 

@@ -2383,7 +2383,8 @@ PASTED = {
     "https://h:8443/": "http://h/ https://h:8443/",
     "HTTP://[::1]:81": "http://[::1]:81/ https://[::1]/",
     "http://h:/x": "http://h/x https://h/x",
-    "b\xfccher.example/\xfc": "http://xn--bcher-kva.example/%C3%BC https://xn--bcher-kva.example/%C3%BC",
+    "b\xfccher.example/\xfc": "http://xn--bcher-kva.example/%C3%BC "
+    "https://xn--bcher-kva.example/%C3%BC",
     "stra\xdfe.example": "http://xn--strae-oqa.example/ https://xn--strae-oqa.example/",
 }
 
