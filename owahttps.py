@@ -136,6 +136,7 @@ PERCENT_ENCODED = {
     code: f"%{code:02X}" for code in range(256) if not re.match(f"[{IN_URL}]", chr(code))
 }
 STATUSES = (301, 302, 307, 308)
+PERMANENT = (301, 308)
 
 
 def is_address(host: str) -> bool:
@@ -226,6 +227,44 @@ def check_path(field: str, path: Any) -> None:
         )
 
 
+def hosts_of_rule(host: str, allow_hosts: Sequence[str]) -> Tuple[str, Tuple[str, ...]]:
+    """Return the fixed host, "" for none, and the names that are allowed; raises RuleError."""
+    check_text("host", host)
+    check_list("allow_hosts", allow_hosts)
+    host = host_of_rule(host) if host else ""
+    allowed = [host_of_rule(name) for name in allow_hosts]
+    if host and allowed:
+        allowed.insert(0, host)  # the host itself is always allowed
+    return host, tuple(dict.fromkeys(allowed))
+
+
+def health_of_rule(health: str, path: str) -> str:
+    """Return the path of health checks, "" for none; raises RuleError."""
+    check_text("health", health)
+    if not health:
+        return ""
+    check_path("health", health)
+    if health == "/":
+        raise RuleError("health '/' is what people type: it has to redirect")
+    if health == path:
+        raise RuleError(f"health {health!a} is where every request leads")
+    if "//" in health:  # servers merge slashes, each in its own way
+        raise RuleError(f"health {health!a} has '//'")
+    return health
+
+
+def api_of_rule(api: Sequence[str]) -> Tuple[str, ...]:
+    """Return the paths of APIs, in lower case and without a last slash; raises RuleError."""
+    check_list("api", api)
+    for path in api:
+        check_path("api", path)
+        if path == "/":
+            raise RuleError("api '/' would leave nothing to redirect")
+        if "//" in path:  # servers merge slashes, each in its own way
+            raise RuleError(f"api {path!a} has '//'")
+    return tuple(path.rstrip("/").lower() for path in api)
+
+
 def percent_encode(target: str) -> str:
     """Return a request target with everything percent-encoded that a URL cannot contain."""
     if OUTSIDE_URL.search(target):  # most targets need nothing, which search() tells fastest
@@ -280,34 +319,14 @@ class RedirectRule(RuleFields):
         api: Sequence[str] = (),
     ) -> "RedirectRule":
         check_path("path", path)
-        check_text("host", host)
+        check_text("acme_dir", acme_dir)
         check_number("https_port", https_port)
         check_number("status", status)
-        check_list("allow_hosts", allow_hosts)
-        check_text("health", health)
-        if health:
-            check_path("health", health)
-        check_text("acme_dir", acme_dir)
-        check_list("api", api)
-        for one in api:
-            check_path("api", one)
         if not 1 <= https_port <= 65535:
             raise RuleError(f"https port {https_port} is not in 1-65535")
         if status not in STATUSES:
             raise RuleError(f"status {int(status)} is not one of 301, 302, 307, 308")
-        if health == "/":
-            raise RuleError("health '/' is what people type: it has to redirect")
-        if health == path and not keep_path:
-            raise RuleError(f"health {health!a} is where every request leads")
-        if any("//" in one for one in (health, *api)):  # servers merge slashes, each in its own way
-            raise RuleError("health and api take no '//'")
-        api = tuple(one.rstrip("/").lower() for one in api)
-        if "" in api:
-            raise RuleError("api '/' would leave nothing to redirect")
-        host = host_of_rule(host) if host else ""
-        allowed = [host_of_rule(name) for name in allow_hosts]
-        if host and allowed:
-            allowed.insert(0, host)  # the host itself is always allowed
+        host, allowed = hosts_of_rule(host, allow_hosts)
         return super().__new__(
             cls,
             path,
@@ -315,10 +334,10 @@ class RedirectRule(RuleFields):
             int(https_port),
             int(status),
             bool(keep_path),
-            tuple(dict.fromkeys(allowed)),
-            health,
+            allowed,
+            health_of_rule(health, "" if keep_path else path),
             acme_dir,
-            api,
+            api_of_rule(api),
         )
 
     @classmethod
@@ -461,16 +480,6 @@ class Refusal(Exception):
     """The answer is an error: Refusal(status, reason).  The reason never quotes the request."""
 
 
-class Request(NamedTuple):
-    """What an answer depends on."""
-
-    method: str
-    name: str  # the server name, "" where the request has none
-    target: str  # path and query, or "*"
-    body: bool  # whether one follows
-    close: bool  # whether the connection ends after the answer
-
-
 class Answer(NamedTuple):
     """The answer to one request head."""
 
@@ -490,8 +499,9 @@ def log_escape(text: str, most: int = MAX_LOGGED) -> str:
     return escaped.encode("ascii", "backslashreplace").decode("ascii")[:most]
 
 
-def log_line(line: str, status: int, size: int, referer: str, agent: str) -> str:
+def log_line(line: str, status: int, size: int, fields: Dict[str, str]) -> str:
     """Return a line of the Combined Log Format, from the request line on."""
+    referer, agent = fields.get("referer") or "-", fields.get("user-agent") or "-"
     logged = f"{line}{referer}{agent}".encode("latin-1")
     # Usually there is nothing to escape, and translate() finds that out faster than a pattern.
     if len(logged.translate(None, NOT_LOGGABLE)) < len(logged) or len(logged) > MAX_LOGGED:
@@ -560,8 +570,12 @@ def effective_target(method: str, host: str, target: str) -> Tuple[str, str]:
     return host, target
 
 
-def read_request(head: str, fields: Dict[str, str]) -> Request:
-    """Take a request head apart; raises Refusal or HostError."""
+def read_request(head: str, fields: Dict[str, str]) -> Tuple[str, str, str, bool, bool]:
+    """Take a request head apart; raises Refusal or HostError.
+
+    Returns the method, the server name ("" where the request has none), path and query (or "*"),
+    whether a body follows, and whether the connection ends after the answer.
+    """
     match = WHOLE_HEAD.fullmatch(head)
     if not match or len(match.group(2)) > MAX_TARGET or len(head) > MAX_HEAD:
         raise fault_of(head)
@@ -576,7 +590,7 @@ def read_request(head: str, fields: Dict[str, str]) -> Request:
     # A body is never read as such.  The connection ends after the answer, so that no body can be
     # taken for a request.  It also ends for HTTP/1.0, and if "close" is part of another option.
     close = body or minor == "0" or "close" in fields.get("connection", "").lower()
-    return Request(method, name, target, body, close)
+    return method, name, target, body, close
 
 
 def no_token(token: str) -> Optional[bytes]:
@@ -584,13 +598,18 @@ def no_token(token: str) -> Optional[bytes]:
 
 
 def decide(
-    request: Request, looped: bool, rule: RedirectRule, find_token: Callable[[str], Optional[bytes]]
+    method: str,
+    name: str,
+    target: str,
+    looped: bool,
+    rule: RedirectRule,
+    find_token: Callable[[str], Optional[bytes]],
 ) -> Tuple[int, str, str]:
     """Return status, Location and text of the answer; raises Refusal."""
-    if request.target == "*":
+    if target == "*":
         return 204, "", ""
-    if (rule.acme_dir or rule.health) and request.method in ("GET", "HEAD", "OPTIONS"):
-        path = request.target.partition("?")[0]
+    if (rule.acme_dir or rule.health) and method in ("GET", "HEAD", "OPTIONS"):
+        path = target.partition("?")[0]
         if rule.acme_dir and path.startswith(ACME_PREFIX):
             token = path[len(ACME_PREFIX) :]
             data = find_token(token) if re.fullmatch("[A-Za-z0-9_-]+", token) else None
@@ -599,13 +618,13 @@ def decide(
             return 200, "", "OK\n"
     if looped:
         raise Refusal(421, LOOP)
-    if not request.name and not rule.host:
+    if not name and not rule.host:
         raise Refusal(400, "no Host field, and the redirect has no --host")
-    if rule.allow_hosts and (request.name or rule.host) not in rule.allow_hosts:
+    if rule.allow_hosts and (name or rule.host) not in rule.allow_hosts:
         raise Refusal(421, "this server name is not served here")
-    if rule.api and rule.is_api(request.target):
+    if rule.api and rule.is_api(target):
         raise Refusal(403, API)
-    return rule.status, rule.location(request.name, request.target), ""
+    return rule.status, rule.location(name, target), ""
 
 
 def page(status: int, location: str, message: str) -> str:
@@ -625,7 +644,7 @@ def render(
     head = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\nServer: owahttps\r\n"
     if location:
         head += f"Location: {location}\r\n"
-    if status in (301, 308):  # browsers cache these without limit: let a wrong one expire
+    if status in PERMANENT:  # browsers cache these without limit: let a wrong one expire
         head += "Cache-Control: max-age=86400\r\n"
     if status in (204, 405):
         head += "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
@@ -665,23 +684,22 @@ def answer(
     fields = read_fields(text)
     location = target = refusal = ""
     try:
-        request = read_request(text, fields)
-        target, more_to_come, close = request.target, request.body, request.close or last
-        status, location, message = decide(request, is_loop(fields), rule, find_token)
+        method, name, target, more_to_come, close = read_request(text, fields)
+        status, location, message = decide(method, name, target, is_loop(fields), rule, find_token)
     except HostError:
         status, refusal = 400, NO_NAME
     except Refusal as refused:
         status, refusal = refused.args
     if refusal:
         message, more_to_come, close = refusal, True, True
+    close = close or last
     # Long ones are rarely asked for twice, and would fill up the memory.
     find_response = shared_render if len(location) + len(message) < 300 else render
     head_only = line.startswith("HEAD ")
     response, size = find_response(status, location, message, head_only, close, date)
     if text.startswith("\x16"):  # a TLS client would not understand it
         response = b""
-    referer, agent = fields.get("referer") or "-", fields.get("user-agent") or "-"
-    log = log_line(line, status, size, referer, agent)
+    log = log_line(line, status, size, fields)
     return Answer(response, status, location, target, close, more_to_come, log, refusal)
 
 
@@ -870,11 +888,13 @@ def error_line(client: str, text: str) -> str:
 # Why not asyncio or threads: they need three to six times the processor time for each request.
 # Why not logging: its handlers wait for a reader that stalls.
 
+# Linux: the last answer and the end of the connection travel in one packet.
+MSG_MORE = getattr(socket, "MSG_MORE", 0)
 READING, WRITING, DRAINING, DONE = "reading", "writing", "draining", "done"
 
 
 def read_token(folder: str, token: str) -> Optional[bytes]:
-    """Return the file of an ACME token, None where there is none.
+    """Return the file of an ACME token, None where there is none; raises PermissionError.
 
     certbot --webroot writes FOLDER/.well-known/acme-challenge/TOKEN, acme-tiny and dehydrated
     write FOLDER/TOKEN.  It must be a regular file, not a link, and at most MAX_TOKEN_FILE long.
@@ -883,13 +903,17 @@ def read_token(folder: str, token: str) -> Optional[bytes]:
         # Should a link or a FIFO replace the file after lstat(), open() neither follows nor waits.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         flags |= getattr(os, "O_BINARY", 0)
-        with contextlib.suppress(OSError):
+        try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 continue
             with open(os.open(path, flags), "rb") as file:
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     data = file.read(MAX_TOKEN_FILE + 1)
                     return data if len(data) <= MAX_TOKEN_FILE else None
+        except PermissionError:
+            raise
+        except OSError:
+            continue
     return None
 
 
@@ -1014,7 +1038,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
         """Send what there is to send, and choose the next state."""
         if self.outgoing:
             try:
-                self.outgoing = self.outgoing[self.request.send(self.outgoing) :]
+                flags = MSG_MORE if self.close_connection else 0
+                self.outgoing = self.outgoing[self.request.send(self.outgoing, flags) :]
             except BlockingIOError:
                 pass
             except OSError:
@@ -1043,7 +1068,12 @@ class RedirectHandler(BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + self.drain_seconds
 
     def find_token(self, token: str) -> Optional[bytes]:
-        return read_token(self.rule.acme_dir, token)
+        """Return the file of an ACME token, None where there is none."""
+        try:
+            return read_token(self.rule.acme_dir, token)
+        except PermissionError:
+            self.log_error("error: the file of an ACME token cannot be read by this user")
+            return None
 
     def address_string(self) -> str:
         return self.client
@@ -1821,7 +1851,7 @@ def converse(
     sock: Any,
     request: bytes,
     deadline: float,
-    enough: Callable[[bytes], bool] = lambda data: False,
+    enough: Callable[[bytes], bool] = lambda _: False,
     most: int = 64 * 1024,
 ) -> Tuple[bytes, Optional[OSError]]:
     """Send a request, and receive until enough(data), until the other side closes, or the deadline.
@@ -1942,7 +1972,7 @@ def method_cases(rule: RedirectRule) -> List[Case]:
     hsts = case(MUST, "hsts-in-clear", "RFC 6797 7.2", "no HSTS in the clear", get)
     # Browsers keep a permanent redirect that is wrong, until its lifetime ends.
     day = case(OWN, "permanent-for-a-day", "browsers", "a lifetime of a day", get, home)
-    lifetime = "max-age=86400" if rule.status in (301, 308) else None
+    lifetime = "max-age=86400" if rule.status in PERMANENT else None
     return [
         line_case(OWN, "get", "RFC 6797 7.2", GET, home),
         line_case(OWN, "head", "RFC 9110 9.3.2", "HEAD / HTTP/1.1", home),
@@ -2855,7 +2885,7 @@ def site_script(rule: RedirectRule, port: int) -> str:
             f"%APPCMD% set config {place} %REDIRECT% -httpResponseStatus:{IIS_STATUS[rule.status]}"
             f' -exactDestination:{str(exact).lower()} -destination:"{destination}" || goto failed\n'
         )
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         settings += (
             "%APPCMD% set config owahttps -section:system.webServer/httpProtocol -commit:apphost"
             " /+\"redirectHeaders.[name='Cache-Control',value='max-age=86400']\" || goto failed\n"
@@ -2965,7 +2995,7 @@ def nginx_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     for field, pattern in PROXY_FIELDS.items():
         variable = "$http_" + field.lower().replace("-", "_")
         yield f'        if ({variable} ~* "{pattern}") {{ return 421; }}'
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"        {A_DAY}"
         yield "        add_header Cache-Control max-age=86400;"
     if rule.keep_path:
@@ -3010,7 +3040,7 @@ def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "    UseCanonicalName Off"
     yield "    # Otherwise %2F gets 404."
     yield "    AllowEncodedSlashes NoDecode"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"    {A_DAY}"
         when = f"expr=%{{REQUEST_STATUS}} == {rule.status}"
         yield f'    Header always set Cache-Control max-age=86400 "{when}"'
@@ -3088,7 +3118,7 @@ def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "    http-request deny deny_status 421 if loop"
     yield from haproxy_host(rule)
     yield "    http-request deny deny_status 400 unless { path_beg / }"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"    {A_DAY}"
         when = f"{{ status {rule.status} }}"
         yield f"    http-after-response set-header Cache-Control max-age=86400 if {when}"
@@ -3140,7 +3170,7 @@ def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
     rest = r"\.?(:[0-9]*)?$"
     yield f"\t\t@host header_regexp host Host `(?i)^({allowed_names(rule) or ANY_HOST}){rest}`"
     yield "\t\troute @host {"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         yield f"\t\t\t{A_DAY}"
         yield "\t\t\theader Cache-Control max-age=86400"
     if rule.keep_path:
@@ -4485,7 +4515,7 @@ def check(
 class Once(argparse.Action):
     """An option that may be given once: a second --host would replace the first in silence."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+    def __call__(self, _: Any, namespace: Any, values: Any, option: Any = None) -> None:
         if hasattr(namespace, self.dest):
             raise RuleError(f"{option} is given twice; each further name is an --allow-host")
         setattr(namespace, self.dest, values)
@@ -4564,15 +4594,25 @@ def say(text: str) -> None:
         print(f"owahttps: {text}", file=sys.stderr, flush=True)
 
 
+COLOURS = {
+    # check
+    "ok": 32,
+    "note": 36,
+    "warning": 33,
+    "unknown": 35,
+    "critical": 31,
+    # selftest
+    "unsafe": 31,
+    "MUST": 31,
+    "differs": 33,
+}
+
+
 def print_verdict(word: str, *columns: str) -> None:
     """Print a line that begins with a verdict, coloured for a person (https://no-color.org)."""
-    colours = {
-        **{"ok": 32, "note": 36, "warning": 33, "unknown": 35, "critical": 31},  # check
-        **{"unsafe": 31, "MUST": 31, "differs": 33},  # selftest
-    }
     padded = word.ljust(8)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        padded = f"\033[{colours.get(word, 0)}m{word}\033[m" + padded[len(word) :]
+        padded = f"\033[{COLOURS.get(word, 0)}m{word}\033[m" + padded[len(word) :]
     print("  ".join((padded, *columns)))
 
 
@@ -4674,7 +4714,7 @@ def warnings_for(rule: RedirectRule, host: str) -> Iterator[str]:
     """Yield warnings of what may go wrong later."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "running as root; --user NAME drops that once the port is bound"
-    if rule.status in (301, 308):
+    if rule.status in PERMANENT:
         if host == "::1" or host.startswith("127."):
             yield f"browsers keep a {rule.status} for a day, for localhost too, but not a 302"
         if not rule.host and not rule.allow_hosts:
