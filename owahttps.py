@@ -3403,7 +3403,7 @@ FINDINGS = {
         "cut-short": "the check of {url} ended after {seconds} s, unfinished: raise --timeout",
     },
     "critical": {
-        "nothing-answers": "neither {url} nor {secure} answers {why}: {advice}",
+        "nothing-answers": "neither {url} nor {secure} answers {why}",
         "http-no-answer": "{url} gave no answer {why}: look at its server",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
         "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or redirect elsewhere",
@@ -3616,21 +3616,13 @@ def read_target(text: str) -> Tuple[Url, Url]:
     return plain, secure
 
 
-def read_server(text: str) -> Url:
-    """Return the plain URL of HOST:PORT; ValueError if it is more than that, or invalid."""
-    if re.search(r"[/\\?#]", text):
-        raise ValueError(f"{text[:300]!a} is not HOST:PORT")
-    return read_target(text)[0]
-
-
 # ---- The check: what a response says -------------------------------------------------
 
 
 class Cookie(NamedTuple):
     """What one chain of redirects needs of a Set-Cookie field."""
 
-    name: str  # "": browsers also take a value without a name, and send it so
-    value: str
+    pair: str  # NAME=VALUE; browsers take one without "=" too
     domain: str  # it goes to this name and to names below it
     path: str  # it goes to this path and to paths below it
     secure: bool
@@ -3639,19 +3631,9 @@ class Cookie(NamedTuple):
     def goes_to(self, url: Url) -> bool:
         """Return whether a browser sends this cookie to url (RFC 6265 section 5.4)."""
         path = url.target.partition("?")[0]
-        folder = self.path if self.path.endswith("/") else f"{self.path}/"
-        inside = path == self.path or path.startswith(folder)
+        inside = path == self.path or path.startswith(self.path.rstrip("/") + "/")
         below = f".{url.name}".endswith(f".{self.domain}")
         return below and inside and not self.deleted and (url.scheme == "https" or not self.secure)
-
-
-def is_refused(cookie: Cookie, attributes: Dict[str, str]) -> bool:
-    """Return whether browsers refuse a cookie that breaks a promise (RFC 6265bis section 5.7)."""
-    start = (cookie.name or cookie.value).lower()
-    if start.startswith("__host-"):
-        return not cookie.secure or cookie.path != "/" or attributes.get("domain", "") != ""
-    to_other_sites = attributes.get("samesite", "").lower() == "none"
-    return not cookie.secure and (to_other_sites or start.startswith("__secure-"))
 
 
 def is_deleted(attributes: Dict[str, str]) -> bool:
@@ -3669,20 +3651,22 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
     """Read the Set-Cookie fields of url's answer, without those that browsers ignore."""
     cookies = []
     for field in response.values("set-cookie")[:MAX_COOKIES]:
-        pairs = [pair.partition("=") for pair in field.split(";")]
-        attributes = {name.strip().lower(): value.strip() for name, _, value in pairs[1:]}
-        name, equals, value = (part.strip() for part in pairs[0])
-        if not equals:
-            name, value = "", name
+        first, *rest = [part.partition("=") for part in field.split(";")]
+        attributes = {name.strip().lower(): value.strip() for name, _, value in rest}
+        pair = "".join(part.strip() for part in first)
         domain = attributes.get("domain", "").lower().lstrip(".") or url.name
         path = attributes.get("path", "")
         if not path.startswith("/"):  # RFC 6265 section 5.1.4
             path = url.target.partition("?")[0].rpartition("/")[0] or "/"
-        cookie = Cookie(name, value, domain, path, "secure" in attributes, is_deleted(attributes))
+        cookie = Cookie(pair, domain, path, "secure" in attributes, is_deleted(attributes))
         invalid = len(field) > 4096 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
-        if invalid or not (name or value) or is_refused(cookie, attributes):
+        # RFC 6265bis section 5.7: what these names and SameSite=None promise has to be so.
+        name, of_other_sites = pair.lower(), attributes.get("samesite", "").lower() == "none"
+        if not cookie.secure and (of_other_sites or name.startswith(("__secure-", "__host-"))):
             continue
-        if f".{url.name}".endswith(f".{domain}"):
+        if name.startswith("__host-") and (path != "/" or attributes.get("domain")):
+            continue
+        if pair.strip("=") and not invalid and f".{url.name}".endswith(f".{domain}"):
             cookies.append(cookie)
     return cookies
 
@@ -3713,12 +3697,12 @@ def read_hsts(field: str) -> Optional[Hsts]:
 # Each tag is bounded, so that no page takes long.
 META = re.compile(r"(?i)<meta\s[^<>]{0,1000}>")
 REFRESH = re.compile(r"(?i)\shttp-equiv\s*=\s*[\"']?refresh\b")
-CONTENT = re.compile(r"(?i)\scontent\s*=\s*(?:\"([^\"]*)|'([^']*)|([^\s>]+))")
+CONTENT = re.compile(r"(?is)^.*?\scontent\s*=\s*[\"']?")
 # What no browser with scripts takes for a tag.
 HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<noscript\b.*?(?:</noscript|\Z)")
 # HTML section 4.2.5.3, with at most 10 seconds: a page that tells people to wait is no redirect.
 REFRESH_NOW = re.compile(
-    r"(?i)\s*0*(?:10|[0-9])(?:\.[0-9.]*)?(?:\s*[;,]|\s)\s*(?:url\s*=\s*)?[\"']?([^\"'\s]+)"
+    r"(?i)\s*0*(?:10|[0-9])(?:\.[0-9.]*)?(?:\s*[;,]|\s)\s*(?:url\s*=\s*)?[\"']?([^\"'\s>]+)"
 )
 
 
@@ -3730,20 +3714,18 @@ def text_of(response: Response) -> str:
 def refresh_of(response: Response, url: Url) -> str:
     """Return the URL that a page leads to at once, by the field Refresh or a meta tag, or "".
 
-    Only one elsewhere: a page may reload itself.  Over https only one to plain HTTP: the body of
-    a good page is not read there.
+    A page may reload itself.  Over https only plain HTTP counts, and the body is not read.
     """
     texts = response.values("refresh")
     if url.scheme == "http":
         tags = META.findall(HIDDEN.sub("", text_of(response)))
-        contents = [CONTENT.search(tag) for tag in tags if REFRESH.search(tag)]
-        texts += ["".join(one.groups("")).replace("&amp;", "&") for one in contents if one]
+        texts += [CONTENT.sub("", tag) for tag in tags if REFRESH.search(tag)]
     for match in filter(None, map(REFRESH_NOW.match, texts)):
         with contextlib.suppress(ValueError):  # browsers ignore an invalid one
-            following = resolve(match.group(1), url)
-            elsewhere = following.origin() != url.origin()
-            if elsewhere and "http" in (url.scheme, following.scheme):
-                return match.group(1)
+            location = match.group(1).replace("&amp;", "&")
+            following = resolve(location, url)
+            if following.origin() != url.origin() and "http" in (url.scheme, following.scheme):
+                return location
     return ""
 
 
@@ -3872,11 +3854,9 @@ def is_old(cipher: str) -> bool:
 
 
 def is_named(fields: Dict[str, Any], name: str) -> bool:
-    """Return whether a certificate with these fields is for a server name, as browsers see it.
-
-    The common name never counts.  Not check_hostname: of "m*.h", "*.h" for "a_b.h" and a final
-    dot, each Python thinks otherwise.
-    """
+    """Return whether a browser takes a certificate with these fields for a server name."""
+    # Not check_hostname: each Python has its own idea of "m*.h", of a final dot, and of "*.h" for
+    # "a_b.h".  The common name never counts.
     name = name.strip("[]")
     entries = fields.get("subjectAltName", ())
     if is_address(name):
@@ -4065,19 +4045,16 @@ class Visit:
 
     def certificate_problems(self, url: Url, certificate: bytes, refused: str) -> List[Problem]:
         """Find out why a certificate is not trusted: each handshake asks one question."""
-
-        def trusted(trust: Trust, flags: int) -> Dict[str, Any]:
-            return self.shake_hands(url, tls_context(trust, flags)).fields
-
         # With itself as its authority, at any time: what does it say?
         itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
-        fields = trusted(itself, X509_NO_CHECK_TIME)
+        fields = self.shake_hands(url, tls_context(itself, X509_NO_CHECK_TIME)).fields
         problems = certificate_dates(fields) if fields else []
         outdated = any(SEVERITY_OF[id] == "critical" for id, _ in problems)
         if fields and not is_named(fields, url.name):
             problems.append(("redirection-invalid-cert.name", {"host": url.name}))
         # Whatever its name and its own dates: does it lead to an authority?
-        if trusted(self.site.trust, X509_NO_CHECK_TIME if outdated else 0):
+        context = tls_context(self.site.trust, X509_NO_CHECK_TIME if outdated else 0)
+        if self.shake_hands(url, context).fields:
             return problems
         if not self.site.trust and not has_authorities(self.site.trusting):
             return [*problems, ("no-authorities", {})]
@@ -4329,8 +4306,7 @@ class Visit:
         visited: List[Tuple[Url, str]] = []
         while True:
             kept = [one for one in jar.values() if one.goes_to(url)]
-            pairs = [f"{one.name}={one.value}" if one.name else one.value for one in kept]
-            cookies = "; ".join(pairs)
+            cookies = "; ".join(one.pair for one in kept)
             if (url, cookies) in visited or len(visited) == MAX_HOPS:
                 self.found("redirect-loop", start)
                 return
@@ -4342,7 +4318,7 @@ class Visit:
                 return
             for cookie in read_cookies(response, url):
                 if url.scheme == "https" or not cookie.secure:
-                    jar[cookie.name, cookie.domain, cookie.path] = cookie
+                    jar[cookie.pair.partition("=")[0], cookie.domain, cookie.path] = cookie
             following = self.next_url(url, response)
             if following is None:
                 self.judge_last(start, url, response)
@@ -4428,9 +4404,8 @@ def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address
     if has_no_way(error) or (alive and not family and not refused):
         site.found("address-unreachable", host, why=why)
     else:
-        advice = "start its server" if refused else "is that host up?"
-        values = {"secure": secure, "why": why, "advice": advice}
-        site.found("nothing-answers", site.plain.origin(), host, **values)
+        why += ": start its server" if refused else ": is that host up?"
+        site.found("nothing-answers", site.plain.origin(), host, secure=secure, why=why)
 
 
 def judge_unresolved(site: Site, server: Url, family: int, error: OSError) -> None:
@@ -4444,9 +4419,12 @@ def judge_unresolved(site: Site, server: Url, family: int, error: OSError) -> No
     site.found("host-unknown", server.name, why=cause_of(error, site.seconds))
 
 
-def visit_all(site: Site, connect: Optional[Url], family: int) -> None:
+def visit_all(site: Site, connect: str, family: int) -> None:
     """Visit all addresses of a site, or of the host to connect to."""
-    server = connect or site.plain
+    server = site.plain
+    if connect:
+        name, port = split_authority(ascii_authority(connect))
+        server = Url("http", name, port or PORTS["http"], "/")
     try:
         site.addresses = look_up(server.name, server.port, family, site.seconds)
     except OSError as error:
@@ -4496,13 +4474,12 @@ def check(
     OSError for a trust that cannot be read; never for the target or for what a server does.
     """
     check_ignored(ignore)
-    server = read_server(connect) if connect else None
     try:
         plain, secure = read_target(target)
     except ValueError as error:  # one invalid target does not stop the others
         return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
-    visit_all(site, server, family)
+    visit_all(site, connect, family)
     findings = [site.finding(id, ignore) for id in site.seen]
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     severity = findings[0].severity if findings[0].severity in EXIT_CODES else "ok"
@@ -5131,7 +5108,7 @@ def command_check(args: argparse.Namespace) -> int:
     rule_of(fields, 0)
     if args.connect:
         try:
-            read_server(args.connect)
+            split_authority(ascii_authority(args.connect))
         except ValueError as error:
             raise RuleError(f"--connect: {error}") from None
     family = 0
