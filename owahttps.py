@@ -4421,10 +4421,8 @@ def judge_unresolved(site: Site, server: Url, family: int, error: OSError) -> No
 
 def visit_all(site: Site, connect: str, family: int) -> None:
     """Visit all addresses of a site, or of the host to connect to."""
-    server = site.plain
-    if connect:
-        name, port = split_authority(ascii_authority(connect))
-        server = Url("http", name, port or PORTS["http"], "/")
+    name, port = split_authority(ascii_authority(connect or site.plain.authority()))
+    server = Url("http", name, port or PORTS["http"], "/")
     try:
         site.addresses = look_up(server.name, server.port, family, site.seconds)
     except OSError as error:
