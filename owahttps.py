@@ -66,6 +66,7 @@ from typing import (
     Any,
     Callable,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -211,7 +212,7 @@ def check_number(field: str, value: Any) -> None:
 
 def check_list(field: str, values: Any) -> None:
     """Raise RuleError for a value that is not a list of str."""
-    if not isinstance(values, (list, tuple)):
+    if not isinstance(values, (list, tuple, set, frozenset)):
         raise RuleError(f"{field} {values!a} is not a list")
     for value in values:
         check_text(field, value)
@@ -227,15 +228,15 @@ def check_path(field: str, path: Any) -> None:
         )
 
 
-def hosts_of_rule(host: str, allow_hosts: Sequence[str]) -> Tuple[str, Tuple[str, ...]]:
+def hosts_of_rule(host: str, allow_hosts: Iterable[str]) -> Tuple[str, FrozenSet[str]]:
     """Return the fixed host, "" for none, and the names that are allowed; raises RuleError."""
     check_text("host", host)
     check_list("allow_hosts", allow_hosts)
     host = host_of_rule(host) if host else ""
-    allowed = [host_of_rule(name) for name in allow_hosts]
+    allowed = {host_of_rule(name) for name in allow_hosts}
     if host and allowed:
-        allowed.insert(0, host)  # the host itself is always allowed
-    return host, tuple(dict.fromkeys(allowed))
+        allowed.add(host)  # the host itself is always allowed
+    return host, frozenset(allowed)
 
 
 def health_of_rule(health: str, path: str) -> str:
@@ -280,7 +281,7 @@ class RuleFields(NamedTuple):
     https_port: int
     status: int
     keep_path: bool
-    allow_hosts: Tuple[str, ...]
+    allow_hosts: FrozenSet[str]
     health: str
     acme_dir: str
     api: Tuple[str, ...]
@@ -313,7 +314,7 @@ class RedirectRule(RuleFields):
         https_port: int = 443,
         status: int = 302,
         keep_path: bool = False,
-        allow_hosts: Sequence[str] = (),
+        allow_hosts: Iterable[str] = (),
         health: str = "",
         acme_dir: str = "",
         api: Sequence[str] = (),
@@ -382,7 +383,7 @@ def command_options(rule: RedirectRule) -> str:
         words += f" --https-port {rule.https_port}"
     if rule.status != default.status:
         words += f" --status {rule.status}"
-    words += "".join(f" --allow-host {name}" for name in rule.allow_hosts)
+    words += "".join(f" --allow-host {name}" for name in sorted(rule.allow_hosts))
     words += "".join(f" --api {path}" for path in rule.api)
     if rule.acme_dir:
         words += f" --acme-dir {rule.acme_dir}"
@@ -693,8 +694,9 @@ def answer(
     if refusal:
         message, more_to_come, close = refusal, True, True
     close = close or last
-    # Long ones are rarely asked for twice, and would fill up the memory.
-    find_response = shared_render if len(location) + len(message) < 300 else render
+    # Where the path is kept, and of long ones, hardly any is asked for twice.
+    rare = rule.keep_path or len(location) + len(message) > 300
+    find_response = render if rare else shared_render
     head_only = line.startswith("HEAD ")
     response, size = find_response(status, location, message, head_only, close, date)
     if text.startswith("\x16"):  # a TLS client would not understand it
@@ -1559,9 +1561,9 @@ def article_notes(version: int, rule: RedirectRule, port: int) -> str:
 
 def check_command(rule: RedirectRule, port: int) -> str:
     """Return the command that verifies a recipe, for each name of the rule, or for HOST."""
-    names = rule.allow_hosts or (rule.host or "HOST",)
+    names = sorted(rule.allow_hosts) or [rule.host or "HOST"]
     sites = " ".join(with_port(name, port, 80) for name in names)
-    expected = rule._replace(allow_hosts=(), health="", acme_dir="", api=())
+    expected = rule._replace(allow_hosts=frozenset(), health="", acme_dir="", api=())
     if len(names) == 1:
         expected = expected._replace(host="")
     return f"python3 owahttps.py check {sites}{command_options(expected)}"
@@ -2768,7 +2770,7 @@ exit /b 1
 
 def site_names(rule: RedirectRule) -> Tuple[str, ...]:
     """Return the names that the site is bound to."""
-    return rule.allow_hosts or (rule.host,)
+    return (rule.host, *sorted(rule.allow_hosts - {rule.host}))
 
 
 def refuse_what_iis_cannot(recipe: str, rule: RedirectRule) -> None:
@@ -2941,7 +2943,7 @@ A_DAY = "# Otherwise browsers keep it for ever, even if it was wrong."
 
 def allowed_names(rule: RedirectRule) -> str:
     """Return a regular expression for the names of --allow-host."""
-    return "|".join(map(re.escape, rule.allow_hosts))
+    return "|".join(map(re.escape, sorted(rule.allow_hosts)))
 
 
 def missing_host(rule: RedirectRule) -> str:
@@ -3088,7 +3090,7 @@ def haproxy_host(rule: RedirectRule) -> Iterator[str]:
     valid = f"{{ var(txn.host) -m reg '^({ANY_HOST})$' }}"
     yield f"    http-request deny deny_status 400 unless {valid}"
     if rule.allow_hosts:
-        allowed = f"{{ var(txn.host) -m str {' '.join(rule.allow_hosts)} }}"
+        allowed = f"{{ var(txn.host) -m str {' '.join(sorted(rule.allow_hosts))} }}"
         yield f"    http-request deny deny_status 421 unless {allowed}"
 
 

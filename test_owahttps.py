@@ -308,7 +308,7 @@ def test_locations(fields, name, target, location):
 
 def test_a_rule_made_again_is_the_same():
     rule = RedirectRule(host="A.example", allow_hosts=["b.example", "b.example."], api=["/V1/"])
-    assert rule.allow_hosts == ("a.example", "b.example") and rule.api == ("/v1",)
+    assert rule.allow_hosts == {"a.example", "b.example"} and rule.api == ("/v1",)
     assert RedirectRule(*rule) == rule._replace() == rule
     with pytest.raises(AttributeError):
         rule.host = "b"
@@ -1734,7 +1734,7 @@ def test_a_script_that_is_redirected_has_windows_line_ends():
 
 def test_the_systemd_unit(tmp_path):
     text = generate("systemd --host mail.example.com --allow-host a.b --keep-path --api /v1")
-    assert f"serve --port 80 --keep-path {HOST} --allow-host mail.example.com --allow-host" in text
+    assert f"serve --port 80 --keep-path {HOST} --allow-host a.b --allow-host mail" in text
     assert " --api /v1\n" in text and "\nRestart=always\n" in text
     if not find("systemd-analyze"):
         pytest.skip("no systemd-analyze here")
