@@ -39,6 +39,7 @@ import contextlib
 import difflib
 import errno
 import http.client
+import json
 import os
 import re
 import select
@@ -1076,9 +1077,6 @@ class RedirectHandler(BaseHTTPRequestHandler):
         except PermissionError:
             self.log_error("error: the file of an ACME token cannot be read by this user")
             return None
-
-    def address_string(self) -> str:
-        return self.client
 
     def log_error(self, format: str, *args: Any) -> None:
         """Write a line to the server's error log."""
@@ -4975,8 +4973,6 @@ def command_selftest(args: argparse.Namespace) -> int:
     if not results:
         raise RuleError(f"-k {args.word!a} is in no case's id or text")
     if args.json:
-        import json  # not at the top: serve needs none of it
-
         for result in results:
             print(json.dumps(result._asdict()))
     else:
@@ -5078,8 +5074,6 @@ def print_alarms(report: Report) -> None:
 
 def report_as_json(report: Report) -> str:
     """Return a report as one line of JSON."""
-    import json  # here, since `serve` has no use for it and its memory counts
-
     hops = [hop._asdict() for hop in report.hops]
     findings = [finding._asdict() for finding in report.findings]
     return json.dumps(dict(report._asdict(), hops=hops, findings=findings))

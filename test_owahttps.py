@@ -1216,13 +1216,11 @@ def test_an_exception_in_a_handler_costs_one_connection_and_one_line(where):
 
     Broken = type("Broken", (RedirectHandler,), {where: broken})
     with listening(Broken) as server:
-        assert where == "close_or_drain" or b"302" not in ask(server.address)
-        error.clear()
+        broken_off = b"302" not in ask(server.address)
+        assert broken_off == (where != "close_or_drain") and not error
         assert is_whole(ask(server.address)) and wait_until(lambda: not open_count(server))
         line = r"\[.*\] owahttps: 127.0.0.1 error: ZeroDivisionError\([ -~]*\n"
-        assert len(server.error_log) == (where != "close_or_drain") or re.fullmatch(
-            line, server.error_log[0]
-        )
+        assert len(server.error_log) == 1 and re.fullmatch(line, server.error_log[0])
 
 
 FAULTS = {
@@ -1252,7 +1250,7 @@ def test_a_fault_never_ends_the_listener(what):
         assert is_whole(ask(server.address))
         if what != "accept, no descriptors":
             kept.sendall(KEEP % 2)
-            assert is_whole(kept.recv(9999)) or what == "settle"
+            assert is_whole(kept.recv(9999))
 
 
 def test_a_selector_that_fails_never_ends_the_listener():
@@ -1373,7 +1371,7 @@ def end(child, by="SIGTERM"):
     [
         ("exec >&-;", ["standard output is closed"]),
         ("exec <&- >&-;", ["standard output is closed"]),
-        ("exec >/dev/full;", ["log cannot be written", "20 lines of the log were lost"]),
+        ("exec >/dev/full;", ["log cannot be written", "21 lines of the log were lost"]),
         ("exec 2>/dev/full;", []),
         ("exec 2>&-;", []),
     ],
@@ -1387,9 +1385,7 @@ def test_standard_files_that_cannot_be_written(shell, told):
         child.send_signal(signal.SIGTERM)
         out, err = child.communicate(timeout=20)
         assert child.returncode == 0 and b"Traceback" not in err
-        assert not told or (
-            told[0] in err.decode() and told[-1] in err.decode().replace("21", "20")
-        )
+        assert all(err.decode().count(text) == 1 for text in told), err
         assert all(line.startswith(b"127.0.0.1 - - [") for line in out.splitlines())
 
 
