@@ -1243,7 +1243,7 @@ def test_a_fault_never_ends_the_listener(what):
     """Whatever fails, what is open is served on, and so are the next clients."""
     name, error = FAULTS[what]
     with listening() as server, contextlib.closing(connect(server.address, KEEP % 1)) as kept:
-        assert is_whole(kept.recv(9999))
+        assert is_whole(kept.recv(9999)) and wait_until(lambda: open_count(server) == 1)
         setattr(server, name, failing_at_first(getattr(server, name), error, 3))
         for _ in range(4):
             ask(server.address)
