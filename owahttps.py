@@ -445,12 +445,12 @@ LOOP_SIGNS = {
     "front-end-https": re.compile(r"(?i)on$"),  # Microsoft's own, for Outlook Web Access
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
-# The fields that an answer depends on, and those of a log line.  The lookahead skips at once each
-# line that begins with any other letter.
-FIELD_NAMES = ["host", "connection", "content-length", "transfer-encoding", *LOOP_SIGNS]
-FIELD_NAMES += ["referer", "user-agent"]
+# The fields that an answer depends on, and those of a log line; the usual ones are first, which
+# finds them fastest.  The lookahead skips at once each line that begins with any other letter.
+FIELD_NAMES = ["host", "user-agent", "connection", "referer", *LOOP_SIGNS]
+FIELD_NAMES += ["content-length", "transfer-encoding"]
 INITIALS = "".join(sorted({name[0] + name[0].upper() for name in FIELD_NAMES}))
-FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
+FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)", re.ASCII)
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
 # What a log line writes as \xHH: all but printable ASCII, and quotes and backslashes.
@@ -725,8 +725,6 @@ def head_end(data: bytes) -> int:
 
     A head that is refused already counts as whole.
     """
-    if not data:
-        return 0
     end = data.find(b"\r\n\r\n")
     if end >= 0:
         return end + 4
@@ -1009,8 +1007,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
             end = head_end(self.incoming)
             if not end:
                 break
-            head, self.incoming = self.incoming[:end], self.incoming[end:]
-            self.reply_to(head)
+            self.reply_to(self.incoming[:end])
+            self.incoming = self.incoming[end:]
             if self.close_connection or not self.incoming:
                 break
             if len(self.outgoing) > self.max_outgoing:
@@ -1048,6 +1046,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
             except OSError:
                 self.state = DONE
                 return
+        elif not self.close_connection:
+            return  # nothing has been answered
         if self.state in (DRAINING, DONE):
             return
         if self.outgoing:
@@ -1055,7 +1055,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
         elif self.close_connection:
             self.close_or_drain()
         else:
-            self.state = WRITING if head_end(self.incoming) else READING
+            whole = self.incoming and head_end(self.incoming)
+            self.state = WRITING if whole else READING
 
     def close_or_drain(self) -> None:
         """End after the last answer; first drain where the client may still be sending."""
