@@ -1474,24 +1474,6 @@ it was not set). Clear what you selected in step 13. Do steps 16 and 17. Delete 
 """
 
 
-def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """Return a text in lines that fit a terminal, with these indents; no word is broken."""
-    lines = textwrap.fill(
-        text,
-        width=98,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return lines + "\n"
-
-
-def bullets(notes: Iterable[str]) -> str:
-    """Return a list for people."""
-    return "".join(wrapped(note, " - ", "   ") for note in notes)
-
-
 def asp_page(rule: RedirectRule, port: int = 80) -> str:
     """Return the article's Owahttps.asp for this rule; for the default rule, to the letter.
 
@@ -1514,14 +1496,14 @@ def asp_page(rule: RedirectRule, port: int = 80) -> str:
     return ASP_PAGE.format(port=port, name=name, rest=rest)
 
 
-def article_steps(version: int, rule: RedirectRule, port: int) -> str:
+def article_steps(recipe: str, rule: RedirectRule, port: int) -> str:
     """Return the 18 steps for Exchange 2000 or 2003."""
     folder = rule.path.split("/")[1]
     if not folder:
         raise RuleError("the article is for one folder, such as --path /exchange, not for /")
     text = ARTICLE_STEPS
     services = " With Exchange 2000, all its services stop with IIS."
-    if version == 2003:
+    if recipe == "exchange2003":
         text += IIS_6_STEPS
         services = ""
     return text.format(
@@ -1533,29 +1515,28 @@ def article_steps(version: int, rule: RedirectRule, port: int) -> str:
     )
 
 
-def article_notes(version: int, rule: RedirectRule, port: int) -> str:
+def article_notes(recipe: str, rule: RedirectRule, port: int) -> str:
     """Return what the article does not say."""
-    notes = [
-        f"The site needs a certificate, ports {port} and {rule.https_port}, and no host headers"
-        " (Q239875).",
-        f"On any port but {port} the page does nothing: an empty answer with status 200.",
-    ]
+    notes = f"""\
+ - The site needs a certificate, ports {port} and {rule.https_port}, and no host headers (Q239875).
+ - On any port but {port} the page does nothing: an empty answer with status 200.
+"""
     if not rule.host:
-        notes.append(
-            "SERVER_NAME is what the user typed. A certificate may not name it: see --host."
-        )
-    notes += [
-        f"Deep links are lost: everyone lands on {rule.path}. A posted form was sent in the clear.",
-        f"http://{rule.host or 'HOST'}/ itself is not redirected: Q319878 does that.",
-        "Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.",
-        "Exchange copies settings from Active Directory (KB 294280): test again after 15 minutes.",
-    ]
-    if version == 2003:
-        notes += [
-            "On a single server, step 13 breaks ActiveSync and OMA: read KB 817379 first.",
-            "Forms-based authentication has a redirect of its own: not verified with this one.",
-        ]
-    return bullets(notes)
+        notes += """\
+ - SERVER_NAME is what the user typed. A certificate may not name it: see --host.
+"""
+    notes += f"""\
+ - Deep links are lost: everyone lands on {rule.path}. A posted form was sent in the clear.
+ - http://{rule.host or "HOST"}/ itself is not redirected: Q319878 does that.
+ - Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.
+ - Exchange copies settings from Active Directory (KB 294280): test again after 15 minutes.
+"""
+    if recipe == "exchange2003":
+        notes += """\
+ - On a single server, step 13 breaks ActiveSync and OMA: read KB 817379 first.
+ - Forms-based authentication has a redirect of its own: not verified with this one.
+"""
+    return notes
 
 
 def check_command(rule: RedirectRule, port: int) -> str:
@@ -1568,20 +1549,18 @@ def check_command(rule: RedirectRule, port: int) -> str:
     return f"python3 owahttps.py check {sites}{command_options(expected)}"
 
 
-def article_recipe(version: int, rule: RedirectRule, port: int) -> List[Part]:
+def article_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
     """Return the parts of the article's recipe, for Exchange 2000 on IIS 5.0 or 2003 on IIS 6.0."""
-    others = "Public, Exchange System Manager"
-    if version == 2003:
-        others += ", ActiveSync, OMA"
-    verify = (
-        f"From another machine: {check_command(rule, port)}\n"
-        f"{rule.path} must be right there. / is critical: the article does not redirect it.\n"
-        f"Over HTTPS, as before: OWA, {others}.\n"
-    )
+    more = ", ActiveSync, OMA" if recipe == "exchange2003" else ""
+    verify = f"""\
+From another machine: {check_command(rule, port)}
+{rule.path} must be right there. / is critical: the article does not redirect it.
+Over HTTPS, as before: OWA, Public, Exchange System Manager{more}.
+"""
     return [
         Part("asp", asp_page(rule, port), "Owahttps.asp"),
-        Part("steps", article_steps(version, rule, port)),
-        Part("notes", article_notes(version, rule, port)),
+        Part("steps", article_steps(recipe, rule, port)),
+        Part("notes", article_notes(recipe, rule, port)),
         Part("undo", ARTICLE_UNDO),
         Part("verify", verify),
     ]
@@ -2777,7 +2756,7 @@ def refuse_what_iis_cannot(recipe: str, rule: RedirectRule) -> None:
     if not rule.host:
         raise RuleError(f"{recipe} needs --host: the site is bound to that name")
     for name in site_names(rule):
-        if name.startswith("[") or name.replace(".", "").isdigit():
+        if is_address(name.strip("[]")):
             raise RuleError(f"{recipe} needs names: IIS binds no site to the host name {name}")
     if rule.health:
         raise RuleError(f"{recipe} cannot do --health: the site answers every path with a redirect")
@@ -2804,47 +2783,39 @@ def site_redirects(rule: RedirectRule) -> List[Tuple[str, str, bool]]:
 def site_notes(recipe: str, rule: RedirectRule) -> str:
     """Return what the site does, and when not to use it."""
     others = '"Exchange Back End"' if recipe == "exchange" else "the other sites"
-    names = " and ".join(site_names(rule))
-    about = [
-        f"A Web site of its own redirects {names}.",
-        f'"Default Web Site" and {others} are left alone: IIS gives a request to the binding that'
-        ' names its host, before those for any host (Microsoft Learn, "UrlPrefix Strings").',
-    ]
-    notes = []
+    notes = f"""\
+A Web site of its own redirects {" and ".join(site_names(rule))}.
+"Default Web Site" and {others} are left alone: IIS gives a request to the binding that
+names its host, before those for any host (Microsoft Learn, "UrlPrefix Strings").
+"""
     if recipe == "exchange":
-        notes = [
-            "Microsoft's own procedure differs: it redirects the existing site, and removes the"
-            " redirect from each virtual directory. Here no setting of Exchange changes, so no"
-            " update can undo it.",
-            "Not for a name that programs still ask for in the clear: the server's own FQDN (the"
-            " Exchange Management Shell opens http://FQDN/PowerShell), or the OAB's InternalUrl of"
-            " 2007 and 2010.",
-        ]
-    notes += [
-        "Click the steps or run owahttps.cmd, not both. Neither has been tested on Windows.",
-        "Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.",
-        "The role service HTTP Redirection must be installed: in PowerShell,"
-        " Install-WindowsFeature Web-Http-Redirect.",
-        "Requests for other names, and for addresses, go to the other sites as before.",
-    ]
+        notes += """\
+ - Microsoft's own procedure differs: it redirects the existing site, and removes the redirect
+   from each virtual directory. Here no setting of Exchange changes, so no update can undo it.
+ - Not for a name that programs still ask for in the clear: the server's own FQDN (the Exchange
+   Management Shell opens http://FQDN/PowerShell), or the OAB's InternalUrl of 2007 and 2010.
+"""
+    notes += """\
+ - Click the steps or run owahttps.cmd, not both. Neither has been tested on Windows.
+ - Not behind a load balancer that terminates TLS: the redirect would loop. Redirect there.
+ - The role service HTTP Redirection must be installed: in PowerShell, Install-WindowsFeature
+   Web-Http-Redirect.
+ - Requests for other names, and for addresses, go to the other sites as before.
+"""
     if rule.keep_path:
-        notes.append("IIS appends path and query. Whether it changes any byte was not verified.")
+        notes += """\
+ - IIS appends path and query. Whether it changes any byte was not verified.
+"""
     else:
-        notes.append(
-            "/.well-known/ and /autodiscover/ keep their paths: certificate authorities and Outlook"
-            " need that. The suffix that IIS appends there was not verified."
-        )
+        notes += """\
+ - /.well-known/ and /autodiscover/ keep their paths: certificate authorities and Outlook need
+   that. The suffix that IIS appends there was not verified.
+"""
     if rule.status == 308:
-        notes.append("Status 308 needs IIS 10 (Windows Server 2016).")
+        notes += " - Status 308 needs IIS 10 (Windows Server 2016).\n"
     if rule.status in (307, 308):
-        notes.append("Outlook's Autodiscover is documented to follow 301 and 302 only.")
-    return "".join(map(wrapped, about)) + bullets(notes)
-
-
-def numbered(steps: Iterable[str]) -> str:
-    """Return steps with their numbers; a step may have several lines."""
-    indented = (step.replace("\n", "\n    ") for step in steps)
-    return "".join(f"{number:2}. {step}\n" for number, step in enumerate(indented, 1))
+        notes += " - Outlook's Autodiscover is documented to follow 301 and 302 only.\n"
+    return notes
 
 
 def site_steps(rule: RedirectRule, port: int) -> str:
@@ -2875,7 +2846,11 @@ def site_steps(rule: RedirectRule, port: int) -> str:
             f' destination)".\n'
             f"Status code: {rule.status}. Click Apply."
         )
-    return numbered(steps) + SITE_CLICKS_UNDO
+    text = ""
+    for number, step in enumerate(steps, 1):
+        lines = step.replace("\n", "\n    ")
+        text += f"{number:2}. {lines}\n"
+    return text + SITE_CLICKS_UNDO
 
 
 def site_script(rule: RedirectRule, port: int) -> str:
@@ -2903,9 +2878,11 @@ def site_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
     """Return the parts of a recipe for IIS 7 and later, `exchange` or `iis`."""
     refuse_what_iis_cannot(recipe, rule)
     path = "/autodiscover/autodiscover.xml" if recipe == "exchange" else "/.well-known/x?y=z"
-    verify = f"From another machine: {check_command(rule, port)}\n"
-    verify += f"Also: curl -I 'http://{with_port(rule.host, port, 80)}{path}'\n"
-    verify += f"      Location must be {rule.location(rule.host, path)}\n"
+    verify = f"""\
+From another machine: {check_command(rule, port)}
+Also: curl -I 'http://{with_port(rule.host, port, 80)}{path}'
+      Location must be {rule.location(rule.host, path)}
+"""
     if recipe == "exchange":
         verify += "As before: OWA, ECP, EWS, ActiveSync, OAB, Outlook, Exchange Management Shell.\n"
     return [
@@ -2917,7 +2894,7 @@ def site_recipe(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
     ]
 
 
-# The other servers.  Each has a function that yields the lines of its configuration.
+# The other servers.  Each has a function that yields its configuration, piece by piece.
 
 # What a Host may be.  Addresses are not examined further: 1::2::3 passes.
 ANY_HOST = r"[a-z0-9](?:[a-z0-9_-]|\.[a-z0-9])*|\[[0-9a-f:.]+\]"
@@ -2958,235 +2935,266 @@ def api_pattern(path: str) -> str:
 def nginx_exceptions(rule: RedirectRule) -> Iterator[str]:
     """Yield the lines for paths that are not redirected."""
     if rule.health:
-        yield f"    location = {rule.health} {{ return 200; }}"
+        yield f"    location = {rule.health} {{ return 200; }}\n"
     if rule.api:
-        yield f"    {NO_REDIRECT}"
+        yield f"    {NO_REDIRECT}\n"
     for path in rule.api:
-        yield f'    location ~* "{api_pattern(path)}" {{ return 403; }}'
+        yield f'    location ~* "{api_pattern(path)}" {{ return 403; }}\n'
     if rule.acme_dir:
-        yield f"    {LAYOUTS}"
-        yield f'    location ~ "{ACME_PATTERN}" {{'
-        yield f'        disable_symlinks on "from={rule.acme_dir}";'
-        yield f'        root "{rule.acme_dir}";'
-        yield "        try_files /$1 $uri =404;"
-        yield "    }"
+        yield f"""\
+    {LAYOUTS}
+    location ~ "{ACME_PATTERN}" {{
+        disable_symlinks on "from={rule.acme_dir}";
+        root "{rule.acme_dir}";
+        try_files /$1 $uri =404;
+    }}
+"""
 
 
-def nginx_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+def nginx_config(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("$host")
-    yield "# Delete other default servers of this port, such as /etc/nginx/sites-enabled/default."
-    yield "# This is for every name that has no server block of its own.  A block that names the"
-    yield "# host, or listens on one address, comes first: delete its part for plain HTTP.  Sites"
-    yield f'# that listen only on IPv4 need "listen [::]:{port};" beside this.'
-    yield "server {"
-    yield f"    listen {port} default_server;"
-    yield "    # Delete this line where IPv6 is off:"
-    yield f"    listen [::]:{port} default_server;"
-    yield "    # There is no server_name: it would be the $host of a request without one."
+    yield f"""\
+# Delete other default servers of this port, such as /etc/nginx/sites-enabled/default.
+# This is for every name that has no server block of its own.  A block that names the
+# host, or listens on one address, comes first: delete its part for plain HTTP.  Sites
+# that listen only on IPv4 need "listen [::]:{port};" beside this.
+server {{
+    listen {port} default_server;
+    # Delete this line where IPv6 is off:
+    listen [::]:{port} default_server;
+    # There is no server_name: it would be the $host of a request without one.
+"""
     yield from nginx_exceptions(rule)
-    yield "    location / {"
-    yield "        # $host has no port and no capitals, but nginx lets @ # ? % and the like pass."
     missing = missing_host(rule)
-    yield f'        if ($host !~ "^({ANY_HOST}){missing}$") {{ return 400; }}'
-    yield "        # $host ends at the first colon: what comes then is a port, or invalid."
-    yield '        if ($http_host !~ "^([^:]*|\\[[^]]*])(:[0-9]*)?$") { return 400; }'
+    yield f"""\
+    location / {{
+        # $host has no port and no capitals, but nginx lets @ # ? % and the like pass.
+        if ($host !~ "^({ANY_HOST}){missing}$") {{ return 400; }}
+        # $host ends at the first colon: what comes then is a port, or invalid.
+        if ($http_host !~ "^([^:]*|\\[[^]]*])(:[0-9]*)?$") {{ return 400; }}
+"""
     if rule.allow_hosts:
-        yield f'        if ($host !~ "^({allowed_names(rule)}){missing}$") {{ return 421; }}'
-    yield f"        {LOOPS}"
+        yield f'        if ($host !~ "^({allowed_names(rule)}){missing}$") {{ return 421; }}\n'
+    yield f"        {LOOPS}\n"
     for field, pattern in PROXY_FIELDS.items():
         variable = "$http_" + field.lower().replace("-", "_")
-        yield f'        if ({variable} ~* "{pattern}") {{ return 421; }}'
+        yield f'        if ({variable} ~* "{pattern}") {{ return 421; }}\n'
     if rule.status in PERMANENT:
-        yield f"        {A_DAY}"
-        yield "        add_header Cache-Control max-age=86400;"
-    if rule.keep_path:
-        yield f"        return {rule.status} {origin}$request_uri;"
-    else:
-        yield f'        if ($request_uri ~* "^{MACHINE_PATTERN}") {{'
-        yield f"            return {rule.status} {origin}$request_uri;"
-        yield "        }"
-        yield f"        return {rule.status} {origin}{rule.path};"
-    yield "    }"
-    yield "}"
+        yield f"        {A_DAY}\n"
+        yield "        add_header Cache-Control max-age=86400;\n"
+    if not rule.keep_path:
+        yield f"""\
+        if ($request_uri ~* "^{MACHINE_PATTERN}") {{
+            return {rule.status} {origin}$request_uri;
+        }}
+"""
+    path = "$request_uri" if rule.keep_path else rule.path
+    yield f"""\
+        return {rule.status} {origin}{path};
+    }}
+}}
+"""
 
 
 def apache_exceptions(rule: RedirectRule) -> Iterator[str]:
     """Yield the lines for paths that are not redirected."""
     if rule.health:
-        yield '    ErrorDocument 200 "OK"'
-        yield f"    RewriteRule ^{re.escape(rule.health)}$ - [R=200]"
+        yield f"""\
+    ErrorDocument 200 "OK"
+    RewriteRule ^{re.escape(rule.health)}$ - [R=200]
+"""
     if rule.api:
-        yield f"    {NO_REDIRECT}"
+        yield f"    {NO_REDIRECT}\n"
     for path in rule.api:
-        yield f'    RewriteRule "{api_pattern(path)}" - [NC,F]'
+        yield f'    RewriteRule "{api_pattern(path)}" - [NC,F]\n'
     if rule.acme_dir:
-        yield f"    {LAYOUTS}"
-        yield f'    RewriteCond "{rule.acme_dir}/$1" -f'
-        yield f'    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}/$1" [L]'
-        yield f'    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}$0" [L]'
-        yield f'    <Directory "{rule.acme_dir}">'
-        yield "        Options None"
-        yield "        Require all granted"
-        yield "    </Directory>"
+        yield f"""\
+    {LAYOUTS}
+    RewriteCond "{rule.acme_dir}/$1" -f
+    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}/$1" [L]
+    RewriteRule "{ACME_PATTERN}" "{rule.acme_dir}$0" [L]
+    <Directory "{rule.acme_dir}">
+        Options None
+        Require all granted
+    </Directory>
+"""
 
 
-def apache_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+def apache_config(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("%{SERVER_NAME}")
-    yield "# No other site of this port may sort before it: a2dissite 000-default"
+    yield "# No other site of this port may sort before it: a2dissite 000-default\n"
     if port != 80:
-        yield "# Delete this line where ports.conf has it:"
-        yield f"Listen {port}"
-    yield f"<VirtualHost *:{port}>"
-    yield "    # SERVER_NAME is the Host then: in lower case, without port and last dot."
-    yield "    UseCanonicalName Off"
-    yield "    # Otherwise %2F gets 404."
-    yield "    AllowEncodedSlashes NoDecode"
+        yield f"# Delete this line where ports.conf has it:\nListen {port}\n"
+    yield f"""\
+<VirtualHost *:{port}>
+    # SERVER_NAME is the Host then: in lower case, without port and last dot.
+    UseCanonicalName Off
+    # Otherwise %2F gets 404.
+    AllowEncodedSlashes NoDecode
+"""
     if rule.status in PERMANENT:
-        yield f"    {A_DAY}"
         when = f"expr=%{{REQUEST_STATUS}} == {rule.status}"
-        yield f'    Header always set Cache-Control max-age=86400 "{when}"'
-    yield "    RewriteEngine on"
-    yield "    RewriteCond %{REQUEST_METHOD} ^(CONNECT|TRACE)$"
-    yield "    RewriteRule ^ - [R=405]"
+        yield f"    {A_DAY}\n"
+        yield f'    Header always set Cache-Control max-age=86400 "{when}"\n'
+    yield """\
+    RewriteEngine on
+    RewriteCond %{REQUEST_METHOD} ^(CONNECT|TRACE)$
+    RewriteRule ^ - [R=405]
+"""
     yield from apache_exceptions(rule)
-    yield f"    {LOOPS}"
+    yield f"    {LOOPS}\n"
     for field, pattern in PROXY_FIELDS.items():
-        yield f'    SetEnvIfNoCase {field} "{pattern}" loop'
-    yield "    RewriteCond %{ENV:loop} ."
-    yield "    RewriteRule ^ - [R=421]"
+        yield f'    SetEnvIfNoCase {field} "{pattern}" loop\n'
     rest = missing_host(rule) + r"\.?(:[0-9]*)?$"
-    yield f'    RewriteCond %{{HTTP_HOST}} "!^({ANY_HOST}){rest}" [NC]'
-    yield "    RewriteRule ^ - [R=400]"
+    yield f"""\
+    RewriteCond %{{ENV:loop}} .
+    RewriteRule ^ - [R=421]
+    RewriteCond %{{HTTP_HOST}} "!^({ANY_HOST}){rest}" [NC]
+    RewriteRule ^ - [R=400]
+"""
     if rule.allow_hosts:
-        yield f'    RewriteCond %{{HTTP_HOST}} "!^({allowed_names(rule)}){rest}" [NC]'
-        yield "    RewriteRule ^ - [R=421]"
+        yield f"""\
+    RewriteCond %{{HTTP_HOST}} "!^({allowed_names(rule)}){rest}" [NC]
+    RewriteRule ^ - [R=421]
+"""
     kept = "/" if rule.keep_path else MACHINE_PATTERN
-    yield "    # THE_REQUEST is as it came, never decoded. Apache appends the query."
-    yield f'    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({kept}[^? ]*)" [NC]'
-    yield f"    RewriteRule ^ {origin}%1 [NE,L,R={rule.status}]"
+    yield f"""\
+    # THE_REQUEST is as it came, never decoded. Apache appends the query.
+    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({kept}[^? ]*)" [NC]
+    RewriteRule ^ {origin}%1 [NE,L,R={rule.status}]
+"""
     if rule.keep_path:  # "GET http://a.example" has no path
-        yield f"    RewriteRule ^ {origin}/ [L,R={rule.status}]"
+        yield f"    RewriteRule ^ {origin}/ [L,R={rule.status}]\n"
     else:
-        yield f"    RewriteRule ^ {origin}{rule.path} [QSD,L,R={rule.status}]"
-    yield "</VirtualHost>"
+        yield f"    RewriteRule ^ {origin}{rule.path} [QSD,L,R={rule.status}]\n"
+    yield "</VirtualHost>\n"
 
 
 def haproxy_exceptions(rule: RedirectRule) -> Iterator[str]:
     """Yield the lines for paths that are not redirected."""
     if rule.health:
-        yield f"    monitor-uri {rule.health}"
+        yield f"    monitor-uri {rule.health}\n"
     if rule.api:
-        yield f"    {NO_REDIRECT}"
+        yield f"    {NO_REDIRECT}\n"
     for path in rule.api:
         below = f"{{ path,url_dec -i -m reg '{api_pattern(path)}' }}"
-        yield f"    http-request deny deny_status 403 if {below}"
+        yield f"    http-request deny deny_status 403 if {below}\n"
 
 
 def haproxy_host(rule: RedirectRule) -> Iterator[str]:
     """Yield the lines that set txn.host to the server name, or refuse the request."""
-    yield "    # In lower case, without port and last dot; the rest of Host is as it came."
-    yield "    http-request set-var(txn.host) req.fhdr(host),lower,regsub(:[0-9]*$,),regsub(\\.$,)"
-    valid = f"{{ var(txn.host) -m reg '^({ANY_HOST})$' }}"
-    yield f"    http-request deny deny_status 400 unless {valid}"
+    yield f"""\
+    # In lower case, without port and last dot; the rest of Host is as it came.
+    http-request set-var(txn.host) req.fhdr(host),lower,regsub(:[0-9]*$,),regsub(\\.$,)
+    http-request deny deny_status 400 unless {{ var(txn.host) -m reg '^({ANY_HOST})$' }}
+"""
     if rule.allow_hosts:
-        allowed = f"{{ var(txn.host) -m str {' '.join(sorted(rule.allow_hosts))} }}"
-        yield f"    http-request deny deny_status 421 unless {allowed}"
+        names = " ".join(sorted(rule.allow_hosts))
+        yield f"    http-request deny deny_status 421 unless {{ var(txn.host) -m str {names} }}\n"
 
 
-def haproxy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+def haproxy_config(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("%[var(txn.host)]")
-    yield "# If you have such a file already, add only the frontend to it."
-    yield "global"
-    yield "    user haproxy"
-    yield "    group haproxy"
-    yield "frontend owahttps"
-    yield f"    bind *:{port}"
-    yield "    # Delete this line where IPv6 is off:"
-    yield f"    bind :::{port} v6only"
-    yield "    mode http"
-    yield "    # One for silence, one for a whole head."
-    yield "    timeout client 10s"
-    yield "    timeout http-request 10s"
-    yield "    # HAProxy 2.6 takes a Content-Length of 2 ** 64 for 0, and the body for a request."
-    yield "    option httpclose"
-    yield "    log stdout format raw daemon"
-    yield "    option httplog"
-    yield "    http-request deny deny_status 405 if METH_CONNECT or METH_TRACE"
+    yield f"""\
+# If you have such a file already, add only the frontend to it.
+global
+    user haproxy
+    group haproxy
+frontend owahttps
+    bind *:{port}
+    # Delete this line where IPv6 is off:
+    bind :::{port} v6only
+    mode http
+    # One for silence, one for a whole head.
+    timeout client 10s
+    timeout http-request 10s
+    # HAProxy 2.6 takes a Content-Length of 2 ** 64 for 0, and the body for a request.
+    option httpclose
+    log stdout format raw daemon
+    option httplog
+    http-request deny deny_status 405 if METH_CONNECT or METH_TRACE
+"""
     yield from haproxy_exceptions(rule)
-    yield f"    {LOOPS}"
+    yield f"    {LOOPS}\n"
     for field, pattern in PROXY_FIELDS.items():
-        yield f"    acl loop req.fhdr({field}) -i -m reg '{pattern}'"
-    yield "    http-request deny deny_status 421 if loop"
+        yield f"    acl loop req.fhdr({field}) -i -m reg '{pattern}'\n"
+    yield "    http-request deny deny_status 421 if loop\n"
     yield from haproxy_host(rule)
-    yield "    http-request deny deny_status 400 unless { path_beg / }"
+    yield "    http-request deny deny_status 400 unless { path_beg / }\n"
     if rule.status in PERMANENT:
-        yield f"    {A_DAY}"
         when = f"{{ status {rule.status} }}"
-        yield f"    http-after-response set-header Cache-Control max-age=86400 if {when}"
+        yield f"    {A_DAY}\n"
+        yield f"    http-after-response set-header Cache-Control max-age=86400 if {when}\n"
     redirect = f"    http-request redirect code {rule.status} location {origin}"
     if rule.keep_path:
-        yield f"{redirect}%[pathq]"
+        yield f"{redirect}%[pathq]\n"
     else:
-        yield f"{redirect}%[pathq] if {{ path -i -m beg /.well-known/ /autodiscover/ }}"
-        yield f"{redirect}{rule.path}"
+        yield f"{redirect}%[pathq] if {{ path -i -m beg /.well-known/ /autodiscover/ }}\n"
+        yield f"{redirect}{rule.path}\n"
 
 
 def caddy_exceptions(rule: RedirectRule) -> Iterator[str]:
     """Yield the lines for paths that are not redirected."""
     if rule.health:
-        yield f"\t\trespond {rule.health} 200"
+        yield f"\t\trespond {rule.health} 200\n"
     if rule.api:
-        yield f"\t\t{NO_REDIRECT}"
+        yield f"\t\t{NO_REDIRECT}\n"
     for path in rule.api:
-        yield f"\t\trespond {path} 403"
-        yield f"\t\trespond {path}/* 403"
+        yield f"\t\trespond {path} 403\n\t\trespond {path}/* 403\n"
     if rule.acme_dir:
         # Where try_files finds no file, the path stays: that of the other layout.
-        yield f"\t\t{LAYOUTS}"
-        yield f"\t\t@acme path_regexp acme `{ACME_PATTERN}`"
-        yield "\t\thandle @acme {"
-        yield f'\t\t\troot * "{rule.acme_dir}"'
-        yield "\t\t\ttry_files /{re.acme.1}"
-        yield "\t\t\tfile_server"
-        yield "\t\t}"
+        yield f"""\
+\t\t{LAYOUTS}
+\t\t@acme path_regexp acme `{ACME_PATTERN}`
+\t\thandle @acme {{
+\t\t\troot * "{rule.acme_dir}"
+\t\t\ttry_files /{{re.acme.1}}
+\t\t\tfile_server
+\t\t}}
+"""
 
 
-def caddy_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+def caddy_config(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("{re.host.1}")
-    yield f"http://:{port} {{"
-    yield "\tlog"
-    yield "\t# In this order:"
-    yield "\troute {"
-    yield "\t\t@never method CONNECT TRACE"
-    yield "\t\trespond @never 405"
-    yield '\t\t# "x:@evil" is a target too, and {uri} would put it behind the host.'
-    yield '\t\t@target not expression `{http.request.uri}.startsWith("/")`'
-    yield "\t\trespond @target 400"
+    yield f"http://:{port} {{\n"
+    yield """\
+\tlog
+\t# In this order:
+\troute {
+\t\t@never method CONNECT TRACE
+\t\trespond @never 405
+\t\t# "x:@evil" is a target too, and {uri} would put it behind the host.
+\t\t@target not expression `{http.request.uri}.startsWith("/")`
+\t\trespond @target 400
+"""
     yield from caddy_exceptions(rule)
-    yield f"\t\t{LOOPS}"
+    yield f"\t\t{LOOPS}\n"
     for field, pattern in PROXY_FIELDS.items():
-        yield f"\t\t@{field} header_regexp {field} `(?i){pattern}`"
-        yield f"\t\trespond @{field} 421"
-    yield "\t\t# Not {host}: it has no brackets round IPv6 and may hold @ # ? %"
+        yield f"\t\t@{field} header_regexp {field} `(?i){pattern}`\n\t\trespond @{field} 421\n"
     rest = r"\.?(:[0-9]*)?$"
-    yield f"\t\t@host header_regexp host Host `(?i)^({allowed_names(rule) or ANY_HOST}){rest}`"
-    yield "\t\troute @host {"
+    yield f"""\
+\t\t# Not {{host}}: it has no brackets round IPv6 and may hold @ # ? %
+\t\t@host header_regexp host Host `(?i)^({allowed_names(rule) or ANY_HOST}){rest}`
+\t\troute @host {{
+"""
     if rule.status in PERMANENT:
-        yield f"\t\t\t{A_DAY}"
-        yield "\t\t\theader Cache-Control max-age=86400"
+        yield f"\t\t\t{A_DAY}\n"
+        yield "\t\t\theader Cache-Control max-age=86400\n"
     if rule.keep_path:
-        yield f"\t\t\tredir {origin}{{uri}} {rule.status}"
+        yield f"\t\t\tredir {origin}{{uri}} {rule.status}\n"
     else:
-        for folder in "/.well-known/*", "/autodiscover/*":
-            yield f"\t\t\tredir {folder} {origin}{{uri}} {rule.status}"
-        yield f"\t\t\tredir {origin}{rule.path} {rule.status}"
-    yield "\t\t}"
+        yield f"""\
+\t\t\tredir /.well-known/* {origin}{{uri}} {rule.status}
+\t\t\tredir /autodiscover/* {origin}{{uri}} {rule.status}
+\t\t\tredir {origin}{rule.path} {rule.status}
+"""
+    yield "\t\t}\n"
     if rule.allow_hosts:
-        yield f"\t\t@valid header_regexp Host `(?i)^({ANY_HOST}){rest}`"
-        yield "\t\trespond @valid 421"
-    yield "\t\trespond 400"
-    yield "\t}"
-    yield "}"
+        yield f"""\
+\t\t@valid header_regexp Host `(?i)^({ANY_HOST}){rest}`
+\t\trespond @valid 421
+"""
+    yield "\t\trespond 400\n\t}\n}\n"
 
 
 # What `serve` takes unless it is told otherwise; both need file descriptors.
@@ -3232,7 +3240,7 @@ WantedBy=multi-user.target
 """
 
 
-def systemd_lines(rule: RedirectRule, port: int) -> Iterator[str]:
+def systemd_config(rule: RedirectRule, port: int) -> Iterator[str]:
     folder = "/" + os.path.normpath(rule.acme_dir).lstrip("/") if rule.acme_dir else ""
     for hidden in ("/home", "/root", "/tmp", "/var/tmp", "/run/user"):
         if f"{folder}/".startswith(f"{hidden}/"):
@@ -3242,68 +3250,56 @@ def systemd_lines(rule: RedirectRule, port: int) -> Iterator[str]:
         options=command_options(rule),
         spare=SPARE_FILES,
         files=MAX_CONNECTIONS + SPARE_FILES,
-    ).rstrip("\n")
+    )
 
 
 class Server(NamedTuple):
-    """Another server: what it is, where its file goes, what comes then, and its lines."""
+    """Another server: where its file goes, what comes then, and its configuration."""
 
-    what: str
     place: str
     then: str
-    lines: Callable[[RedirectRule, int], Iterator[str]]
+    config: Callable[[RedirectRule, int], Iterator[str]]
 
 
 SERVERS = {
     "nginx": Server(
-        "nginx 1.18 or newer",
         "/etc/nginx/conf.d/owahttps.conf",
         "nginx -t && systemctl reload nginx",
-        nginx_lines,
+        nginx_config,
     ),
     "apache": Server(
-        "Apache httpd 2.4",
         "/etc/apache2/sites-available/000-owahttps.conf",
         "a2dissite 000-default; a2enmod rewrite headers && a2ensite 000-owahttps"
         " && systemctl reload apache2",
-        apache_lines,
+        apache_config,
     ),
     "haproxy": Server(
-        "HAProxy 2.2 or newer",
         "/etc/haproxy/haproxy.cfg",
         "haproxy -c -f /etc/haproxy/haproxy.cfg && systemctl reload haproxy",
-        haproxy_lines,
+        haproxy_config,
     ),
-    "caddy": Server(
-        "Caddy 2.4 or newer",
-        "/etc/caddy/Caddyfile",
-        "systemctl reload caddy",
-        caddy_lines,
-    ),
+    "caddy": Server("/etc/caddy/Caddyfile", "systemctl reload caddy", caddy_config),
     "systemd": Server(
-        "a hardened systemd unit for owahttps.py serve",
         "/etc/systemd/system/owahttps.service",
         "systemctl daemon-reload && systemctl enable --now owahttps",
-        systemd_lines,
+        systemd_config,
     ),
 }
 
 
 def server_recipe(name: str, rule: RedirectRule, port: int) -> List[Part]:
     """Return the recipe of another server: one file."""
-    server = SERVERS[name]
     if rule.acme_dir and name == "haproxy":
         raise RuleError("haproxy cannot do --acme-dir: it serves no files")
     if rule.acme_dir and not RULE_PATH.fullmatch(rule.acme_dir):
         raise RuleError(
             f"--acme-dir {rule.acme_dir!a} is not an absolute folder of A-Z a-z 0-9 . _ ~ - /"
         )
-    header = f"# {server.place}; then: {server.then}"
-    if name in ("haproxy", "caddy"):
-        # Debian ships a file of that name.
-        header = f"# In place of {server.place}; then: {server.then}"
-    lines = [header, *server.lines(rule, port)]
-    return [Part("file", "\n".join(lines) + "\n", server.place.rpartition("/")[2])]
+    server = SERVERS[name]
+    # Debian ships a file of that name.
+    where = "In place of " if name in ("haproxy", "caddy") else ""
+    text = f"# {where}{server.place}; then: {server.then}\n" + "".join(server.config(rule, port))
+    return [Part("file", text, os.path.basename(server.place))]
 
 
 RECIPES = {
@@ -3311,16 +3307,18 @@ RECIPES = {
     "exchange2003": "Exchange 2003 on IIS 6.0: the same method",
     "exchange": "Exchange 2007, 2010, 2013, 2016, 2019 and SE: a Web site of its own",
     "iis": "any other application on IIS 7 or later, by the same method",
+    "nginx": "nginx 1.18 or newer",
+    "apache": "Apache httpd 2.4",
+    "haproxy": "HAProxy 2.2 or newer",
+    "caddy": "Caddy 2.4 or newer",
+    "systemd": "a hardened systemd unit for owahttps.py serve",
 }
-RECIPES.update((name, server.what) for name, server in SERVERS.items())
 
 
 def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
     """Return the parts of this recipe; RuleError where it cannot express the rule."""
-    if recipe == "exchange2000":
-        return article_recipe(2000, rule, port)
-    if recipe == "exchange2003":
-        return article_recipe(2003, rule, port)
+    if recipe in ("exchange2000", "exchange2003"):
+        return article_recipe(recipe, rule, port)
     if recipe in SERVERS:
         return server_recipe(recipe, rule, port)
     return site_recipe(recipe, rule, port)
