@@ -1637,16 +1637,15 @@ class StubHandler(BaseHTTPRequestHandler):
         version, cipher = sock.version(), sock.cipher()[0]
         return [*told, ("This page came over a secure channel.", f"{version}, {cipher}")]
 
+    # There is no Strict-Transport-Security here: a browser that trusts the certificate could then
+    # no longer open the demo's plain HTTP.
     def do_GET(self) -> None:
-        steps = "".join(
-            f"<li>{escape(sentence)}<code>{escape(detail)}</code>\n"
-            for sentence, detail in self.story()
-        )
+        steps = ""
+        for sentence, detail in self.story():
+            steps += f"<li>{escape(sentence)}<code>{escape(detail)}</code>\n"
         mood = "good" if self.status == 200 else "bad"
         body = STUB_PAGE.format(title=self.title, mood=mood, steps=steps).encode()
         self.send_response(self.status)
-        for name, value in getattr(self.server, "fields", ()):
-            self.send_header(name, value)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -1697,7 +1696,6 @@ class StubServer(ThreadingServer):
     ) -> None:
         self.story, self.tell = story, tell
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.fields: List[Tuple[str, str]] = []
         if certificate:
             try:
                 self.context.load_cert_chain(certificate, key or None)
@@ -1711,9 +1709,6 @@ class StubServer(ThreadingServer):
     def use_embedded_certificate(self, host: str) -> None:
         if host != "localhost" and not (is_address(host) and ip_address(host).is_loopback):
             raise RuleError(f"{host!a} is not a loopback address: everybody has the embedded key")
-        # A good HTTPS site sends it.  Here it lasts only a minute: otherwise a browser that trusts
-        # the certificate could no longer open the demo's plain HTTP.
-        self.fields = [("Strict-Transport-Security", "max-age=60")]
         with tempfile.TemporaryDirectory() as folder:  # ssl takes a key only from a file
             name = os.path.join(folder, "stub.pem")
             with open(name, "w") as file:
