@@ -2825,26 +2825,25 @@ def site_steps(rule: RedirectRule, port: int) -> str:
         "Open Internet Information Services (IIS) Manager and expand the server.",
         "Right-click Sites and click Add Website (IIS 7: Add Web Site).",
         f"Site name: owahttps. Physical path: {folder}. Type: http. Port: {port}.\n"
-        f"Host name: {first}. Click OK.",
+        f"    Host name: {first}. Click OK.",
     ]
     for name in others:
         steps.append(
-            f"Right-click the site owahttps, click Edit Bindings, then Add.\n"
-            f"Type: http. Port: {port}. Host name: {name}. Click OK."
+            "Right-click the site owahttps, click Edit Bindings, then Add.\n"
+            f"    Type: http. Port: {port}. Host name: {name}. Click OK."
         )
     for place, destination, exact in site_redirects(rule):
         tick = "Select" if exact else "Clear"
         steps.append(
             f"Select {place} and double-click HTTP Redirect.\n"
-            f'Select "Redirect requests to this destination" and type {destination}\n'
-            f'{tick} "Redirect all requests to exact destination (instead of relative to'
+            f'    Select "Redirect requests to this destination" and type {destination}\n'
+            f'    {tick} "Redirect all requests to exact destination (instead of relative to'
             f' destination)".\n'
-            f"Status code: {rule.status}. Click Apply."
+            f"    Status code: {rule.status}. Click Apply."
         )
     text = ""
     for number, step in enumerate(steps, 1):
-        lines = step.replace("\n", "\n    ")
-        text += f"{number:2}. {lines}\n"
+        text += f"{number:2}. {step}\n"
     return text + SITE_CLICKS_UNDO
 
 
@@ -2975,8 +2974,10 @@ server {{
         variable = "$http_" + field.lower().replace("-", "_")
         yield f'        if ({variable} ~* "{pattern}") {{ return 421; }}\n'
     if rule.status in PERMANENT:
-        yield f"        {A_DAY}\n"
-        yield "        add_header Cache-Control max-age=86400;\n"
+        yield f"""\
+        {A_DAY}
+        add_header Cache-Control max-age=86400;
+"""
     if not rule.keep_path:
         yield f"""\
         if ($request_uri ~* "^{MACHINE_PATTERN}") {{
@@ -3028,9 +3029,10 @@ def apache_config(rule: RedirectRule, port: int) -> Iterator[str]:
     AllowEncodedSlashes NoDecode
 """
     if rule.status in PERMANENT:
-        when = f"expr=%{{REQUEST_STATUS}} == {rule.status}"
-        yield f"    {A_DAY}\n"
-        yield f'    Header always set Cache-Control max-age=86400 "{when}"\n'
+        yield f"""\
+    {A_DAY}
+    Header always set Cache-Control max-age=86400 "expr=%{{REQUEST_STATUS}} == {rule.status}"
+"""
     yield """\
     RewriteEngine on
     RewriteCond %{REQUEST_METHOD} ^(CONNECT|TRACE)$
@@ -3072,8 +3074,9 @@ def haproxy_exceptions(rule: RedirectRule) -> Iterator[str]:
     if rule.api:
         yield f"    {NO_REDIRECT}\n"
     for path in rule.api:
-        below = f"{{ path,url_dec -i -m reg '{api_pattern(path)}' }}"
-        yield f"    http-request deny deny_status 403 if {below}\n"
+        yield f"""\
+    http-request deny deny_status 403 if {{ path,url_dec -i -m reg '{api_pattern(path)}' }}
+"""
 
 
 def haproxy_host(rule: RedirectRule) -> Iterator[str]:
@@ -3117,9 +3120,10 @@ frontend owahttps
     yield from haproxy_host(rule)
     yield "    http-request deny deny_status 400 unless { path_beg / }\n"
     if rule.status in PERMANENT:
-        when = f"{{ status {rule.status} }}"
-        yield f"    {A_DAY}\n"
-        yield f"    http-after-response set-header Cache-Control max-age=86400 if {when}\n"
+        yield f"""\
+    {A_DAY}
+    http-after-response set-header Cache-Control max-age=86400 if {{ status {rule.status} }}
+"""
     redirect = f"    http-request redirect code {rule.status} location {origin}"
     if rule.keep_path:
         yield f"{redirect}%[pathq]\n"
@@ -3173,8 +3177,10 @@ def caddy_config(rule: RedirectRule, port: int) -> Iterator[str]:
 \t\troute @host {{
 """
     if rule.status in PERMANENT:
-        yield f"\t\t\t{A_DAY}\n"
-        yield "\t\t\theader Cache-Control max-age=86400\n"
+        yield f"""\
+\t\t\t{A_DAY}
+\t\t\theader Cache-Control max-age=86400
+"""
     if rule.keep_path:
         yield f"\t\t\tredir {origin}{{uri}} {rule.status}\n"
     else:
