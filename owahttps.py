@@ -36,7 +36,6 @@ Run owahttps.py COMMAND --help for all options of a command.
 
 import argparse
 import contextlib
-import difflib
 import errno
 import http.client
 import json
@@ -5287,12 +5286,12 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     commands.required = True
     for name, (add_arguments, run, what, end) in COMMANDS.items():
-        text = what[0].upper() + what[1:] + ("" if what.endswith("?") else ".")
+        text = f"{what[0].upper()}{what[1:]}."
         command = commands.add_parser(
             name, help=what, description=text, epilog=end, formatter_class=layout
         )
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
     return parser
 
 
@@ -5312,14 +5311,9 @@ def parse(argv: List[str]) -> argparse.Namespace:
         argv = argv[1:2] + ["--help"]
     if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in argv):
         raise RuleError("an argument is empty: is a variable not set?")
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
-        raise RuleError(f"there is no command {argv[0]!a}: {hint}")
     args, unknown = build_parser().parse_known_args(argv or ["--help"])
     if unknown:
-        where = f"owahttps.py {args.command} --help"
-        raise RuleError(f"unknown arguments: {' '.join(unknown)} ({where} lists what there is)")
+        args.parser.error(f"unknown arguments: {' '.join(unknown)}")
     return args
 
 
