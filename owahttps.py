@@ -4530,19 +4530,20 @@ def add_rule_arguments(
 
     def add(option: str, text: str, default: object = None, **settings: Any) -> None:
         if option not in leave_out:
-            shown = f" (default: {default})" if default and enforced else ""
-            group.add_argument(option, default=argparse.SUPPRESS, help=text + shown, **settings)
+            if default and enforced:
+                text += f" (default: {default})"
+            group.add_argument(option, default=argparse.SUPPRESS, help=text, **settings)
 
     port, default = number_between(1, 65535), RedirectRule()
-    many = {"action": "append", "metavar": "NAME", "dest": "allow_hosts"}
-    api = {"action": "append", "metavar": "PATH"}
-    add("--path", "where every request leads", default_path, metavar="PATH")
+    add("--path", "where every request leads", default_path)
     add("--keep-path", "keep the path and query of the request instead", action="store_true")
     add("--host", "lead to this name instead of the requested one", metavar="NAME", action=Once)
     add("--https-port", "lead to this port", default.https_port, type=port, metavar="PORT")
     add("--status", "301, 302, 307 or 308", default.status, type=int, metavar="CODE")
-    add("--allow-host", "redirect only this name; may be repeated", **many)
-    add("--api", "answer 403 at and below this path; may be repeated", **api)
+    text = "redirect only this name; may be repeated"
+    add("--allow-host", text, action="append", metavar="NAME", dest="allow_hosts")
+    text = "answer 403 at and below this path; may be repeated"
+    add("--api", text, action="append", metavar="PATH")
     add("--acme-dir", "serve token files of ACME http-01 from this folder", metavar="DIR")
     add("--health", "answer 200 at this path, for health checks", metavar="PATH")
 
@@ -4615,30 +4616,18 @@ def bind_trouble(error: OSError, host: str, port: int) -> str:
 
 
 def add_serve_arguments(parser: Any) -> None:
-    port, count = number_between(0, 65535), number_between(0, 10**6)
-    parser.add_argument(
-        "--bind", default="", metavar="ADDR", help="listen on this address (default: all)"
+    add = parser.add_argument
+    count = number_between(1, 10**6)
+    add("--bind", default="", metavar="ADDR", help="listen on this address (default: all)")
+    text = "listen on this port; 0 is a free one (default: 80)"
+    add("-p", "--port", type=number_between(0, 65535), default=80, help=text)
+    add("--user", metavar="NAME", help="become this user once the port is bound")
+    text = (
+        "connections at once (default: %(default)s, "
+        f"at most the limit of open files minus {SPARE_FILES})"
     )
-    parser.add_argument(
-        "-p",
-        "--port",
-        type=port,
-        default=80,
-        metavar="PORT",
-        help="listen on this port; 0 is a free one (default: 80)",
-    )
-    parser.add_argument(
-        "--user", default="", metavar="NAME", help="become this user once the port is bound"
-    )
-    parser.add_argument(
-        "--max-connections",
-        type=count,
-        default=0,
-        metavar="N",
-        help=f"connections at once (default: {MAX_CONNECTIONS}, "
-        f"at most the limit of open files minus {SPARE_FILES})",
-    )
-    parser.add_argument("--quiet", action="store_true", help="write no access log")
+    add("--max-connections", type=count, default=MAX_CONNECTIONS, metavar="N", help=text)
+    add("--quiet", action="store_true", help="write no access log")
     add_rule_arguments(parser)
 
 
@@ -4647,12 +4636,11 @@ def connection_cap(wanted: int) -> int:
     try:
         import resource
     except ImportError:
-        return min(wanted or 500, 500)  # select() on Windows takes 512 sockets
+        return min(wanted, 500)  # select() on Windows takes 512 sockets
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    wanted = wanted or MAX_CONNECTIONS
     no_limit = soft < 0
     return wanted if no_limit else min(wanted, max(8, soft - SPARE_FILES))
 
@@ -4754,28 +4742,14 @@ def command_serve(args: argparse.Namespace) -> int:
 
 
 def add_generate_arguments(parser: Any) -> None:
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        default="exchange2000",
-        metavar="RECIPE",
-        help="one of those that --list shows (default: exchange2000)",
-    )
-    parser.add_argument("--list", action="store_true", help="list the recipes")
-    parser.add_argument(
-        "--part", default="", metavar="PART", help="only this part, such as asp, steps or script"
-    )
-    parser.add_argument(
-        "--write", default="", metavar="DIR", help="write the files and the steps into this folder"
-    )
-    parser.add_argument(
-        "-p",
-        "--port",
-        type=number_between(1, 65535),
-        default=80,
-        metavar="PORT",
-        help="the port of plain HTTP (default: 80)",
-    )
+    add = parser.add_argument
+    text = "one of those that --list shows (default: exchange2000)"
+    add("recipe", nargs="?", default="exchange2000", metavar="RECIPE", help=text)
+    add("--list", action="store_true", help="list the recipes")
+    add("--part", help="only this part, such as asp, steps or script")
+    add("--write", metavar="DIR", help="write the files and the steps into this folder")
+    text = "the port of plain HTTP (default: 80)"
+    add("-p", "--port", type=number_between(1, 65535), default=80, help=text)
     add_rule_arguments(parser, default_path="/exchange; exchange: /owa; iis keeps the path")
 
 
@@ -4892,7 +4866,7 @@ def command_generate(args: argparse.Namespace) -> int:
 
 def add_selftest_arguments(parser: Any) -> None:
     add = parser.add_argument
-    add("--against", default="", metavar="URL", help="send the cases to this redirect server")
+    add("--against", metavar="URL", help="send the cases to this redirect server")
     add("-k", default="", metavar="WORD", dest="word", help="only cases with this in id or text")
     add("--list", action="store_true", help="print the cases, and send nothing")
     add("--json", action="store_true", help="print one object a case")
@@ -4985,21 +4959,16 @@ def command_selftest(args: argparse.Namespace) -> int:
 
 def add_check_arguments(parser: Any) -> None:
     add = parser.add_argument
-    many = {"action": "append", "default": [], "metavar": "ID"}
     add("target", nargs="*", metavar="TARGET", help="a host, host:port, host/path, or a URL")
     add("--list", action="store_true", help="list the ids of all findings")
-    add(
-        "--ignore",
-        help="leave the finding with this id out of the verdict; may be repeated",
-        **many,
-    )
+    text = "leave the finding with this id out of the verdict; may be repeated"
+    add("--ignore", action="append", default=[], metavar="ID", help=text)
     add("--ca-file", metavar="FILE", help="trust these authorities, not the system's")
     add("--connect", default="", metavar="HOST:PORT", help="ask there, for the same name")
     add("-4", dest="ipv4", action="store_true", help="ask only IPv4 addresses")
     add("-6", dest="ipv6", action="store_true", help="ask only IPv6 addresses")
-    seconds = number_between(0.1, 9999.0)
     text = "for each request; a target takes at most six times as long (default: 10)"
-    add("--timeout", type=seconds, default=10.0, metavar="SECONDS", help=text)
+    add("--timeout", type=number_between(0.1, 9999.0), default=10.0, metavar="SECONDS", help=text)
     add("--json", action="store_true", help="print one JSON object for each target")
     add("--quiet", action="store_true", help="print only warnings and worse")
     leave_out = ("--allow-host", "--api", "--acme-dir", "--health")
@@ -5126,29 +5095,16 @@ def command_check(args: argparse.Namespace) -> int:
 
 
 def add_demo_arguments(parser: Any) -> None:
+    add = parser.add_argument
     port = number_between(0, 65535)
-    parser.add_argument(
-        "-p",
-        "--port",
-        type=port,
-        default=8080,
-        metavar="PORT",
-        help="port of plain HTTP, or the next free one (default: 8080)",
-    )
-    parser.add_argument(
-        "--https-port",
-        type=port,
-        default=8443,
-        metavar="PORT",
-        dest="stub_port",
-        help="port of HTTPS, or the next free one (default: 8443)",
-    )
-    parser.add_argument("--open", action="store_true", help="open the browser")
-    parser.add_argument(
-        "--before", action="store_true", help="answer plain HTTP as IIS does before the fix"
-    )
-    parser.add_argument("--cert", default="", metavar="FILE", help="a certificate for the stub")
-    parser.add_argument("--key", default="", metavar="FILE", help="its key, if in another file")
+    text = "port of plain HTTP, or the next free one (default: 8080)"
+    add("-p", "--port", type=port, default=8080, help=text)
+    text = "port of HTTPS, or the next free one (default: 8443)"
+    add("--https-port", type=port, default=8443, metavar="PORT", dest="stub_port", help=text)
+    add("--open", action="store_true", help="open the browser")
+    add("--before", action="store_true", help="answer plain HTTP as IIS does before the fix")
+    add("--cert", default="", metavar="FILE", help="a certificate for the stub")
+    add("--key", default="", metavar="FILE", help="its key, if in another file")
     leave_out = ("--host", "--https-port", "--allow-host", "--acme-dir", "--health")
     add_rule_arguments(parser, leave_out)
 
