@@ -4583,12 +4583,12 @@ COLOURS = {
 }
 
 
-def print_verdict(word: str, *columns: str) -> None:
+def print_verdict(word: str, text: str) -> None:
     """Print a line that begins with a verdict, coloured for a person (https://no-color.org)."""
     padded = word.ljust(8)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        padded = f"\033[{COLOURS.get(word, 0)}m{word}\033[m" + padded[len(word) :]
-    print("  ".join((padded, *columns)))
+        padded = padded.replace(word, f"\033[{COLOURS.get(word, 0)}m{word}\033[m")
+    print(f"{padded}  {text}")
 
 
 def bind_trouble(error: OSError, host: str, port: int) -> str:
@@ -4977,39 +4977,33 @@ def add_check_arguments(parser: Any) -> None:
 
 def print_folded(indent: int, word: str, text: str) -> None:
     """Print a verdict and a text that is folded at a terminal's width; elsewhere in one line."""
-    lines = [text]
-    hanging = indent + 10
     if sys.stdout.isatty():
+        hanging = indent + 10
         width = max(shutil.get_terminal_size().columns - 1 - hanging, 20)
-        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+        text = text.replace("\n", "\n" + " " * hanging)
     print(" " * indent, end="")
-    print_verdict(word, lines[0])
-    for line in lines[1:]:
-        print(" " * hanging + line)
+    print_verdict(word, text)
 
 
 def shown_target(target: str) -> str:
     """Return a target for the screen: as it was typed, and if not ASCII, as DNS has it."""
+    shown = log_escape(target, 300)
     if target.isprintable() and any(character > "~" for character in target):
         encoding = sys.stdout.encoding or "utf-8"
         typed = target.encode(encoding, "backslashreplace").decode(encoding)
         with contextlib.suppress(ValueError):
-            return f"{typed} ({read_target(target)[0].name})"
-    return log_escape(target, 300)
+            shown = f"{typed} ({read_target(target)[0].name})"
+    return shown.replace("|", "\\x7C")  # as in make_finding()
 
 
 def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
     """Yield the report of each target, in their order, each as soon as it is there."""
     from concurrent.futures import ThreadPoolExecutor  # `serve` has no use for it
 
+    # If the reader of our output has gone, map() does not begin the others.
     with ThreadPoolExecutor(16) as pool:
-        futures = [pool.submit(check, target, *settings) for target in targets]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:  # if the reader of our output has gone, nobody needs the others
-            for future in futures:
-                future.cancel()
+        yield from pool.map(lambda target: check(target, *settings), targets)
 
 
 def print_hops(hops: List[Hop]) -> None:
@@ -5025,8 +5019,7 @@ def print_hops(hops: List[Hop]) -> None:
 
 def print_report(report: Report) -> None:
     """Print a report for a person.  Its first line is enough for a pager."""
-    headline = f"{shown_target(report.target)}: {report.headline()}"
-    print_folded(0, report.severity, headline.replace("|", "\\x7C"))
+    print_folded(0, report.severity, f"{shown_target(report.target)}: {report.headline()}")
     print_hops(report.hops)
     for finding in report.findings:
         print_folded(2, finding.severity, f"{finding.id}  {finding.text}")
@@ -5034,7 +5027,7 @@ def print_report(report: Report) -> None:
 
 def print_alarms(report: Report) -> None:
     """Print only warnings and worse: one line each, with its target."""
-    target = shown_target(report.target).replace("|", "\\x7C")
+    target = shown_target(report.target)
     for finding in report.findings:
         if finding.severity in ALARMS:
             print_folded(0, finding.severity, f"{target}: {finding.id}  {finding.text}")
