@@ -4594,19 +4594,19 @@ def print_verdict(word: str, text: str) -> None:
 def bind_trouble(error: OSError, host: str, port: int) -> str:
     """Return why a listener cannot bind, and what to do about it."""
     where = f"port {port} on {host or 'every address'}"
-    if error.errno == errno.EACCES and sys.platform != "win32":
+    if sys.platform == "win32" and error.errno in (errno.EADDRINUSE, errno.EACCES):
+        return (
+            f"{where} is in use: netstat -ano shows by which process; "
+            "PID 4 is http.sys (IIS), see netsh http show servicestate"
+        )
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use: ss -ltnp 'sport = :{port}' shows by which process"
+    if error.errno == errno.EACCES:
         return (
             f"not allowed to bind {where}: start with sudo and --user nobody, or by the unit of "
             "owahttps.py generate systemd (it has CAP_NET_BIND_SERVICE), or set "
             "sysctl net.ipv4.ip_unprivileged_port_start=80"
         )
-    if error.errno in (errno.EADDRINUSE, errno.EACCES):
-        if sys.platform == "win32":
-            return (
-                f"{where} is in use: netstat -ano shows by which process; "
-                "PID 4 is http.sys (IIS), see netsh http show servicestate"
-            )
-        return f"{where} is in use: ss -ltnp 'sport = :{port}' shows by which process"
     return (
         f"cannot bind {where}: {error.strerror or error}; --bind takes an address of this machine"
     )
@@ -4701,7 +4701,7 @@ def open_server(args: argparse.Namespace, rule: RedirectRule) -> RedirectServer:
 def start_lines(server: RedirectServer, rule: RedirectRule) -> Iterator[str]:
     """Yield what is told at the start."""
     name = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
-    address = with_port(name, server.server_port, 0)
+    address = f"{name}:{server.server_port}"
     target = rule.authority("HOST") + ("/..., path kept" if rule.keep_path else rule.path)
     yield f"listening on {address}; http://HOST/ goes to https://{target} ({rule.status})"
     for warning in warnings_for(rule, server.server_name):
@@ -4764,15 +4764,12 @@ def recipe_rule(args: argparse.Namespace) -> RedirectRule:
     return rule_of(fields, args.port)
 
 
-def choose_parts(recipe: str, parts: List[Part], wanted: str) -> List[Part]:
-    """Return the part that is wanted, or all."""
-    if not wanted:
-        return parts
-    chosen = [part for part in parts if wanted in (part.name, part.file)]
-    if not chosen:
-        names = ", ".join(part.name for part in parts)
-        raise RuleError(f"{recipe} has no part {wanted!a}; it has {names}")
-    return chosen
+def choose_part(recipe: str, parts: List[Part], wanted: str) -> Part:
+    """Return the part with this name."""
+    by_name = {part.name: part for part in parts}
+    if wanted not in by_name:
+        raise RuleError(f"{recipe} has no part {wanted!a}; it has {', '.join(by_name)}")
+    return by_name[wanted]
 
 
 def with_headings(parts: List[Part]) -> str:
@@ -4852,7 +4849,8 @@ def command_generate(args: argparse.Namespace) -> int:
     if args.recipe not in RECIPES:
         raise RuleError(f"there is no recipe {args.recipe!a}: see generate --list")
     parts = recipe_parts(args.recipe, recipe_rule(args), args.port)
-    parts = choose_parts(args.recipe, parts, args.part)
+    if args.part:
+        parts = [choose_part(args.recipe, parts, args.part)]
     if args.write:
         write_parts(args.write, parts)
         say("next: " + next_step(args.recipe, args.write, args.part))
@@ -5131,21 +5129,21 @@ def command_demo(args: argparse.Namespace) -> int:
     """Show the redirect until a signal."""
     if args.key and not args.cert:
         raise RuleError(f"--key {args.key!a} belongs to a --cert, and there is none")
-    rule_of(rule_fields(args), 0)
+    rule = rule_of(rule_fields(args), 0)
     over = threading.Event()
     on_signal(over.set)
     demo = Demo()
     stub = next_free(args.stub_port, StubServer, args.cert, args.key, demo.story, demo.tell_secure)
     with running(stub) as (_, https_port):
-        rule = RedirectRule(**rule_fields(args), https_port=https_port)
+        rule = rule._replace(https_port=https_port)
         server = plain_server(args, rule, demo)
         demo.port = server.server_port
         url = f"http://localhost:{demo.port}"
         with running(server):
+            answers = f"leads to {rule.location('localhost', '/')}"
             if args.before:
-                print(f"{url}/ answers 403.4, as IIS does before the fix", flush=True)
-            else:
-                print(f"{url}/ leads to {rule.location('localhost', '/')}", flush=True)
+                answers = "answers 403.4, as IIS does before the fix"
+            print(f"{url}/ {answers}", flush=True)
             if not args.cert:
                 trust = f'--cacert "{sys.argv[0]}"' if os.path.isfile(sys.argv[0]) else "-k"
                 say(f"browsers warn of the certificate; curl -iL {trust} {url}/")
