@@ -4694,6 +4694,8 @@ def open_server(args: argparse.Namespace, rule: RedirectRule) -> RedirectServer:
     try:
         cap = connection_cap(args.max_connections)
         return RedirectServer((host, args.port), rule=rule, max_connections=cap)
+    except UnicodeError:  # from the IDNA codec
+        raise RuleError(f"--bind {args.bind!a} is not an address of this machine") from None
     except OSError as error:
         raise OSError(bind_trouble(error, host, args.port)) from None
 

@@ -3289,6 +3289,7 @@ ERRORS = {  # a command line: (exit code, what the one line on standard error sa
     "serve --status 303": (2, "303"),
     "serve --acme-dir /no/such": (2, "/no/such"),
     "serve --bind 203.0.113.9 --port 0": (1, "203.0.113.9"),
+    "serve --bind bad..name --port 0": (2, "--bind 'bad..name' is not an address"),
     "serve --bind no.such.invalid --port 0": (1, "no.such.invalid"),
     "serve --user no-such-user --bind 127.0.0.1 --port 0": (1, "no-such-user"),
     "serve --prot 80": (2, "--prot"),
