@@ -3028,7 +3028,7 @@ def test_failures_come_first_and_the_worst_of_them_at_the_top():
 def test_selftest_lists_and_picks():
     assert "must  no-host: HTTP/1.1 without Host (RFC 9112 3.2)" in run("selftest", "--list")[1]
     _, out, _ = run("selftest", "--list", "-k", "health", "--health", "/up")
-    assert out == "own  health: a health check (RFC 9110 15.3.1)\n"
+    assert out == "own  health: GET /up (RFC 9110 15.3.1)\n"
     _, out, _ = run("selftest", "-k", "step-18")
     assert out.startswith("ok ") and "\n2 cases: 0 unsafe" in out
     assert "\n1 case: 0 unsafe" in run("selftest", "-k", "step-18-https")[1]
