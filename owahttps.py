@@ -3473,7 +3473,6 @@ DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"  # a bookmark; "%2F" shows whether it
 ACME_QUESTION = ACME_PREFIX + "owahttps-check"
 
 Trust = Dict[str, Any]  # cafile, capath or cadata; empty: this machine's authorities
-Problem = Tuple[str, Dict[str, Any]]  # the id of a finding, and the values in its sentence
 
 
 class Finding(NamedTuple):
@@ -3802,6 +3801,8 @@ NO_WAY = (
     *(errno.EACCES, errno.EPERM, errno.EMFILE),
 )
 TIME_OUT = (socket.timeout, TimeoutError)
+# Those with forward secrecy and authenticated encryption.
+MODERN_CIPHER = re.compile("TLS_|ECDHE.*(GCM|CHACHA20)")
 
 
 class Handshake(NamedTuple):
@@ -3811,15 +3812,13 @@ class Handshake(NamedTuple):
     fields: Dict[str, Any] = {}  # of a trusted certificate, as getpeercert() gives them
     cipher: str = ""
     refused: str = ""  # why the certificate was refused
-    client_certificate: bool = False  # whether the server wants one
 
 
-def tls_context(trust: Optional[Trust], flags: int = 0, strict: bool = False) -> ssl.SSLContext:
+def tls_context(trust: Optional[Trust], flags: int = 0) -> ssl.SSLContext:
     """Return a context with the settings of browsers, the same on every Python.
 
-    trust   None: take every certificate
-    flags   of X509_VERIFY_PARAM
-    strict  do not speak to a server without RFC 5746, as browsers do
+    trust  None: take every certificate
+    flags  of X509_VERIFY_PARAM
 
     Not ssl.create_default_context(): its ciphers and flags change with Python.  Since 3.13 it
     sets X509_STRICT, which the authorities of many companies fail.
@@ -3831,9 +3830,7 @@ def tls_context(trust: Optional[Trust], flags: int = 0, strict: bool = False) ->
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    context.options |= OP_LEGACY_SERVER_CONNECT
-    if strict:
-        context.options &= ~OP_LEGACY_SERVER_CONNECT
+    context.options |= OP_LEGACY_SERVER_CONNECT  # speak to servers without RFC 5746, too
     context.verify_flags = ssl.VerifyFlags(X509_PARTIAL_CHAIN | flags)
     context.check_hostname = False  # is_named() does it
     if trust is None:
@@ -3851,12 +3848,6 @@ def has_authorities(context: ssl.SSLContext) -> bool:
     return context.cert_store_stats()["x509"] > 0 or bool(folder and glob(f"{folder}/*"))
 
 
-def is_old(cipher: str) -> bool:
-    """Return whether a cipher has no forward secrecy or no authenticated encryption."""
-    modern = cipher.startswith("ECDHE") and ("GCM" in cipher or "CHACHA20" in cipher)
-    return not (modern or cipher.startswith("TLS_"))
-
-
 def is_named(fields: Dict[str, Any], name: str) -> bool:
     """Return whether a browser takes a certificate with these fields for a server name."""
     # Not check_hostname: each Python has its own idea of "m*.h", of a final dot, and of "*.h" for
@@ -3871,23 +3862,6 @@ def is_named(fields: Dict[str, Any], name: str) -> bool:
     wanted = [name, f"*.{below}"] if "." in below else [name]
     texts = [re.sub(r"\.\Z", "", text.lower()) for kind, text in entries if kind == "DNS"]
     return any(text in wanted for text in texts)
-
-
-def certificate_dates(fields: Dict[str, Any]) -> List[Problem]:
-    """Judge when a certificate begins and ends."""
-    now = time.time()
-    begin = ssl.cert_time_to_seconds(fields["notBefore"])
-    end = ssl.cert_time_to_seconds(fields["notAfter"])
-    left = end - now
-    if begin > now:
-        return [("redirection-invalid-cert.not-yet-valid", {"date": fields["notBefore"]})]
-    if left < 0:
-        return [("redirection-invalid-cert.expired", {"date": fields["notAfter"]})]
-    # A certificate for six days is always in its last 14 days (RFC 9773 renews at two thirds).
-    if left < 14 * DAY and left < (end - begin) / 3:
-        days = int(left / DAY)
-        return [("cert-expires-soon", {"date": fields["notAfter"], "days": days})]
-    return []
 
 
 def has_no_way(error: Exception) -> bool:
@@ -4023,82 +3997,83 @@ class Visit:
         name = url.name.strip("[]")
         return context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
 
-    def shake_hands(self, url: Url, context: ssl.SSLContext, wait: bool = False) -> Handshake:
-        """Try a handshake.  A certificate that is refused is a result; other faults are OSError.
-
-        wait: in TLS 1.3 a server refuses a client without a certificate only afterwards.
-        """
+    def shake_hands(self, url: Url, context: ssl.SSLContext) -> Handshake:
+        """Try a handshake.  A certificate that is refused is a result; other faults are OSError."""
         with self.connect(url, context) as tls:
             try:
                 tls.do_handshake()
-                if wait:
-                    tls.settimeout(min(2, tls.gettimeout()))  # most servers stay silent
-                    tls.recv(1)
-                    return Handshake()
             except ssl.SSLError as error:
-                if "VERIFY_FAILED" in str(error):
-                    unknown = "Python 3.6 does not say why"
-                    return Handshake(refused=getattr(error, "verify_message", unknown))
-                # A server that shares no cipher with us sends alert 40 too, but then there is
-                # no cipher yet.
-                if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(error)):
-                    return Handshake(client_certificate=True)
-                raise
+                if "VERIFY_FAILED" not in str(error):
+                    raise
+                unknown = "Python 3.6 does not say why"
+                return Handshake(refused=getattr(error, "verify_message", unknown))
             certificate = tls.getpeercert(True)
             return Handshake(certificate, tls.getpeercert() or {}, tls.cipher()[0])
 
-    def certificate_problems(self, url: Url, certificate: bytes, refused: str) -> List[Problem]:
-        """Find out why a certificate is not trusted: each handshake asks one question."""
-        # With itself as its authority, at any time: what does it say?
-        itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
-        fields = self.shake_hands(url, tls_context(itself, X509_NO_CHECK_TIME)).fields
-        problems = certificate_dates(fields) if fields else []
-        outdated = any(SEVERITY_OF[id] == "critical" for id, _ in problems)
-        if fields and not is_named(fields, url.name):
-            problems.append(("redirection-invalid-cert.name", {"host": url.name}))
-        # Whatever its name and its own dates: does it lead to an authority?
-        context = tls_context(self.site.trust, X509_NO_CHECK_TIME if outdated else 0)
-        if self.shake_hands(url, context).fields:
-            return problems
-        if not self.site.trust and not has_authorities(self.site.trusting):
-            return [*problems, ("no-authorities", {})]
-        if fields and fields["issuer"] == fields["subject"]:
-            return [*problems, ("redirection-invalid-cert.self-signed", {})]
-        return [*problems, ("redirection-invalid-cert.chain", {"reason": refused})]
-
-    def tls_problems(self, url: Url) -> List[Problem]:
+    def judge_tls(self, url: Url) -> None:
         """Shake hands as a browser would; OSError or ValueError: there is no HTTPS."""
-        problems: List[Problem] = []
+        strict = tls_context(None)
+        strict.options &= ~OP_LEGACY_SERVER_CONNECT
         try:
-            first = self.shake_hands(url, tls_context(None, strict=True))
+            first = self.shake_hands(url, strict)
         except ssl.SSLError as error:
             if "legacy" not in str(error).lower():
                 raise
             # Browsers accept that.  Python shows it only by this error.
-            problems.append(("tls-old", {"what": "no secure renegotiation, RFC 5746"}))
+            self.found("tls-old", url.origin(), what="no secure renegotiation, RFC 5746")
             first = self.shake_hands(url, self.site.lenient)
-        if first.client_certificate:
-            return [("client-certificate-wanted", {})]
-        if is_old(first.cipher):
-            problems.append(("tls-old", {"what": f"TLS 1.2 with {first.cipher}"}))
+        if not MODERN_CIPHER.match(first.cipher):
+            self.found("tls-old", url.origin(), what=f"TLS 1.2 with {first.cipher}")
+        self.judge_certificate(url, first.certificate)
+
+    def judge_certificate(self, url: Url, certificate: bytes) -> None:
+        """Find out whether a certificate is trusted: each handshake asks one question."""
         trusted = self.shake_hands(url, self.site.trusting)
-        if is_named(trusted.fields, url.name):
-            return problems + certificate_dates(trusted.fields)
-        return problems + self.certificate_problems(url, first.certificate, trusted.refused)
+        fields = trusted.fields
+        if not fields:
+            # With itself as its authority, at any time: what does it say?
+            itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
+            fields = self.shake_hands(url, tls_context(itself, X509_NO_CHECK_TIME)).fields
+        if fields and not is_named(fields, url.name):
+            self.found("redirection-invalid-cert.name", url.origin(), host=url.name)
+        if fields and not self.judge_dates(url, fields):
+            # Whatever its own dates: does it lead to an authority?
+            trusted = self.shake_hands(url, tls_context(self.site.trust, X509_NO_CHECK_TIME))
+        if trusted.fields:
+            return
+        if not self.site.trust and not has_authorities(self.site.trusting):
+            id = "no-authorities"
+        elif fields and fields["issuer"] == fields["subject"]:
+            id = "redirection-invalid-cert.self-signed"
+        else:
+            id = "redirection-invalid-cert.chain"
+        self.found(id, url.origin(), reason=trusted.refused)
+
+    def judge_dates(self, url: Url, fields: Dict[str, Any]) -> bool:
+        """Judge when a certificate begins and ends; return whether it is valid now."""
+        first, last = fields["notBefore"], fields["notAfter"]
+        begin, end = ssl.cert_time_to_seconds(first), ssl.cert_time_to_seconds(last)
+        now = time.time()
+        if now < begin:
+            self.found("redirection-invalid-cert.not-yet-valid", url.origin(), date=first)
+        elif now > end:
+            self.found("redirection-invalid-cert.expired", url.origin(), date=last)
+        # A certificate for six days is always in its last 14 days (RFC 9773 renews at two thirds).
+        elif end - now < min(14 * DAY, (end - begin) / 3):
+            days = int((end - now) / DAY)
+            self.found("cert-expires-soon", url.origin(), date=last, days=days)
+        return begin <= now <= end
 
     def speaks_tls(self, url: Url) -> bool:
         """Return whether the origin of url speaks TLS; its certificate is looked at once."""
         origin = url.origin()
         if origin not in self.https:
-            self.https[origin] = False
             try:
-                problems = self.tls_problems(url)
+                self.judge_tls(url)
                 self.https[origin] = True
             except (OSError, ValueError) as error:  # ValueError: invalid dates
-                problems = []
-                self.failed("domain.tls.cannot_connect", url, error)
-            for id, values in problems:
-                self.found(id, origin, **values)
+                id = self.failed("domain.tls.cannot_connect", url, error)
+                self.https[origin] = id == "client-certificate-wanted"
         return self.https[origin]
 
     # One question.
@@ -4140,26 +4115,32 @@ class Visit:
         for id, pattern in TLS_FAULTS.items():
             if re.search(pattern, str(error)):
                 return id
-        # In TLS 1.3 the alert of a server that wants a certificate is lost if our request has
-        # crossed it: then the connection is reset.  So it is asked again, without a request.
-        if self.https.get(url.origin()):
-            with contextlib.suppress(OSError):
-                if self.shake_hands(url, self.site.lenient, wait=True).client_certificate:
+        # A server that wants a certificate refuses the handshake in TLS 1.2, and what follows it
+        # in TLS 1.3.  There the alert is lost if our request has crossed it: then the connection
+        # is reset.  So it is asked again, without a request.
+        if self.https.get(url.origin()) or CLIENT_CERTIFICATE_ALERT.search(str(error)):
+            with contextlib.suppress(OSError), self.connect(url, self.site.lenient) as tls:
+                deadline = min(time.monotonic() + 2, self.site.request_deadline())
+                _, refusal = converse(tls, b"", deadline)  # most servers stay silent
+                # A server that shares no cipher with us sends alert 40 too, but then there is
+                # no cipher yet.
+                if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(refusal)):
                     return "client-certificate-wanted"
         return ""
 
-    def failed(self, id: str, url: Url, error: Exception) -> None:
-        """Note what an error means; `id` is the finding if it means nothing special."""
+    def failed(self, id: str, url: Url, error: Exception) -> str:
+        """Note what an error means, and return that finding; `id` if it is nothing special."""
         if isinstance(error, TIME_OUT):
             self.silent[url.origin()] = error
         if self.site.is_over():
-            return
+            return ""
         if has_no_way(error):
             id = "address-unreachable"
         elif url.scheme == "https":
             id = self.tls_fault(url, error) or id
         place = url if id == "http-no-answer" else url.origin()
         self.found(id, place, why=cause_of(error, self.site.seconds))
+        return id
 
     def add_hop(self, url: Url, response: Optional[Response], start: float) -> None:
         """Note a request that began at start, or a connection that was not accepted."""
