@@ -3363,15 +3363,15 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # theirs means the same; for certificates, MDN's id is followed by the fault.
 # HSTS is Strict-Transport-Security (RFC 6797).
 FINDINGS = {
-    "ok": {
-        "redirection-to-https": "{url} goes to {location}",
-    },
     "note": {
         "redirection-temporary": "{url} answers {status}: make it permanent once HTTPS is settled",
         "header.preloadable.max_age.below_1_year": "{url} sends HSTS of {age} s, less than a year",
         "hsts-from-parent": "{url} sends no HSTS of its own, but that of {parent} covers it",
         "client-certificate-wanted": "{url} wants a client certificate: its page was not seen",
         "host-reflected": "{url} puts a forged Host into its Location: a cache may store that",
+    },
+    "ok": {
+        "redirection-to-https": "{url} goes to {location}",
     },
     "warning": {
         "redirects.http.does_not_exist": "nothing answers at {url} {why}, but HTTPS does; "
@@ -3380,7 +3380,6 @@ FINDINGS = {
         "send a redirect, which every client follows",
         "redirection-off-host-from-http": "{url} leads to another host, {location}: "
         "lead to https on the same host first",
-        "redirection-relative": "{url} has the relative Location {location}: make it absolute",
         "location-not-a-uri": "{url} has the invalid Location {location}: only browsers correct it",
         "redirects.too_many": "{url} takes more than 3 redirects: lead to the last URL at once",
         "acme-challenge-lost": "{url} loses its path, to {location}, and http-01 fails: "
@@ -3398,8 +3397,7 @@ FINDINGS = {
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
-        "host-unknown": "{url} does not resolve {why}",
-        "address-of-other-family": "{url} has no {family} address ({option})",
+        "host-unknown": "{url} has no {family} address {why}",
         "address-unreachable": "this machine cannot reach {url} {why}: try -4 or -6",
         "no-authorities": "this machine has no certificate authorities, so the certificate of "
         "{url} cannot be judged: install ca-certificates here, or give --ca-file",
@@ -3439,7 +3437,7 @@ FINDINGS = {
         "redirection-invalid-cert.self-signed": "the certificate of {url} is self-signed: get one "
         "from an authority, or give --ca-file",
         "redirection-invalid-cert.chain": "the certificate of {url} does not lead to a trusted "
-        "authority ({reason}): send the intermediate certificates, or give --ca-file",
+        "authority {why}: send the intermediate certificates, or give --ca-file",
     },
 }
 SEVERITY_OF = {id: severity for severity, group in FINDINGS.items() for id in group}
@@ -3453,21 +3451,8 @@ MAX_COOKIES = 50
 MAX_PRINTED_HOPS = 16  # a site that keeps paths, with two addresses, has 14
 TARGET_TIME_OUTS = 6  # no target takes longer than this many time-outs
 DAY = 86400
-HALF_YEAR = 180 * DAY  # as MDN and testssl.sh count it
-YEAR = 365 * DAY
 PORTS = {"http": 80, "https": 443}
 
-# It carries no credentials.  Some servers redirect only clients that send
-# Upgrade-Insecure-Requests, as all browsers do (W3C Upgrade Insecure Requests, section 3.2).
-CHECK_REQUEST = """\
-GET {target} HTTP/1.1\r
-Host: {host}\r
-User-Agent: owahttps/{version}\r
-Accept: text/html,*/*;q=0.8\r
-Upgrade-Insecure-Requests: 1\r
-{cookies}Connection: close\r
-\r
-"""
 FORGED_HOST = "forged.invalid"  # RFC 2606: nobody can own it
 DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"  # a bookmark; "%2F" shows whether it is decoded
 ACME_QUESTION = ACME_PREFIX + "owahttps-check"
@@ -3482,19 +3467,6 @@ class Finding(NamedTuple):
     severity: str  # one of SEVERITIES
     text: str  # printable ASCII without "|": what was seen where, and what to do
     urls: List[str]  # all URLs or origins that it was seen at
-
-
-def make_finding(id: str, values: Dict[str, Any], urls: Sequence[str] = ()) -> Finding:
-    """Write the sentence of a finding, which was seen at these URLs."""
-    escaped = {key: log_escape(str(value), 300) for key, value in values.items()}
-    if urls:
-        escaped["url"] = log_escape(urls[0], 300)
-    if len(urls) > 1:
-        escaped["url"] += f" (and {len(urls) - 1} more)"
-    severity = SEVERITY_OF[id]
-    text = FINDINGS[severity][id].format(**escaped)
-    # A "|" would begin the performance data of a monitoring plugin.
-    return Finding(id, severity, text.replace("|", "\\x7C"), list(urls))
 
 
 class Hop(NamedTuple):
@@ -3518,10 +3490,9 @@ class Report(NamedTuple):
     def headline(self) -> str:
         """Return the worst finding, how many more need attention, and which are ignored."""
         ignored = [one.id for one in self.findings if one.severity == "ignored"]
-        counted = [one for one in self.findings if one.severity != "ignored"]
-        bad = [one for one in counted if one.severity in ALARMS]
-        fine = [one for one in counted if one.severity == "ok"]
-        text = (bad or fine or counted)[0].text if counted else "nothing else was found"
+        bad = [one for one in self.findings if one.severity in ALARMS]
+        worst = self.findings[0]
+        text = "nothing else was found" if worst.severity == "ignored" else worst.text
         if len(bad) > 1:
             text += f" (+{len(bad) - 1} more)"
         if ignored:
@@ -3531,7 +3502,7 @@ class Report(NamedTuple):
 
 # ---- The check: URLs as browsers read them -------------------------------------------
 
-C0_AND_BLANK = "".join(chr(code) for code in range(0x21))
+C0_AND_BLANK = bytes(range(0x21)).decode("ascii")
 # RFC 9110 section 4.2.4 deprecates userinfo; "https:/h" is a path for some clients.
 NOT_FOR_ALL_CLIENTS = re.compile("(?i)https?:(?!//[^/])|(?:https?:)?//[^/?#]*@")
 
@@ -3562,8 +3533,6 @@ def ascii_authority(text: str) -> str:
     Not the codec "idna", which is IDNA 2003: it asks for strasse.de where browsers ask for
     straße.de.
     """
-    if all(character < "\x80" for character in text):
-        return text
     name, colon, port = text.partition(":")
     if len(name) > 253:  # the codec's time grows with the square of it
         raise HostError(f"{name[:300]!a} is longer than the 253 characters of a server name")
@@ -3584,11 +3553,13 @@ def resolve(text: str, base: Url) -> Url:
     text = re.sub(r"[\t\r\n]", "", text.strip(C0_AND_BLANK)).partition("#")[0]
     path, mark, query = text.partition("?")
     path = path.replace("\\", "/")
-    start = re.match("([A-Za-z][A-Za-z0-9+.-]*):", path)
-    scheme = start.group(1).lower() if start else base.scheme
+    scheme, colon, rest = path.partition(":")
+    if colon and re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        scheme, path = scheme.lower(), rest
+    else:
+        scheme = base.scheme
     if scheme not in PORTS:
         raise ValueError(f"{scheme[:20]!a} is not http or https")
-    path = path[start.end() :] if start else path
     if path.startswith("//") or scheme != base.scheme:  # from http, "https:/h" is https://h/
         path = f"{scheme}://{path.lstrip('/')}"
     elif path[:1] not in ("", "/"):  # from https, "https:x" is x; a colon in it is no scheme's
@@ -3614,9 +3585,9 @@ def read_target(text: str) -> Tuple[Url, Url]:
         raise ValueError(f"{text[:300]!a} has userinfo")
     latin = url.encode("utf-8", "surrogateescape").decode("latin-1")
     given = resolve(latin, Url("http", "", 80, "/"))
-    ports = dict(PORTS, **{given.scheme: given.port})
-    plain, secure = (given._replace(scheme=scheme, port=port) for scheme, port in ports.items())
-    return plain, secure
+    if given.scheme == "http":
+        return given, given._replace(scheme="https", port=443)
+    return given._replace(scheme="http", port=80), given
 
 
 # ---- The check: what a response says -------------------------------------------------
@@ -3917,7 +3888,6 @@ class Site:
         self.secure = secure._replace(port=expected.get("https_port", secure.port))
         self.trust = trust
         self.trusting = tls_context(trust)
-        self.lenient = tls_context(None)
         self.seconds = seconds
         self.deadline = time.monotonic() + TARGET_TIME_OUTS * seconds
         self.addresses: List[Address] = []
@@ -3941,14 +3911,22 @@ class Site:
         """Return the deadline of a request that begins now."""
         return min(time.monotonic() + self.seconds, self.deadline)
 
-    def finding(self, id: str, ignore: Sequence[str]) -> Finding:
+    def finding(self, id: str, is_ignored: bool) -> Finding:
         """Make one finding of all that was seen under this id."""
         urls, where, values = zip(*self.seen[id])
-        finding = make_finding(id, values[0], list(dict.fromkeys(urls)))
+        urls = list(dict.fromkeys(urls))
+        escaped = {key: log_escape(str(value), 300) for key, value in values[0].items()}
+        escaped["url"] = log_escape(urls[0], 300)
+        if len(urls) > 1:
+            escaped["url"] += f" (and {len(urls) - 1} more)"
+        severity = SEVERITY_OF[id]
+        text = FINDINGS[severity][id].format(**escaped)
         addresses = sorted(set(where) - {""})
         if addresses and len(addresses) < len(self.addresses):
-            finding = finding._replace(text=f"{finding.text} [at {', '.join(addresses)}]")
-        return finding._replace(severity="ignored") if id in ignore else finding
+            text += f" [at {', '.join(addresses)}]"
+        # A "|" would begin the performance data of a monitoring plugin.
+        text = text.replace("|", "\\x7C")
+        return Finding(id, "ignored" if is_ignored else severity, text, urls)
 
 
 class Visit:
@@ -3961,7 +3939,6 @@ class Visit:
         self.https: Dict[str, bool] = {}  # by origin: whether it speaks TLS with us
         self.silent: Dict[str, Exception] = {}  # by origin: its time-out
         self.asked = ""  # the address that was asked last: other names have others
-        self.hsts: List[Tuple[Url, Optional[Hsts]]] = []  # of every answer over https
 
     def found(self, id: str, url: object, **values: Any) -> None:
         """Note what was seen at this address."""
@@ -4005,8 +3982,7 @@ class Visit:
             except ssl.SSLError as error:
                 if "VERIFY_FAILED" not in str(error):
                     raise
-                unknown = "Python 3.6 does not say why"
-                return Handshake(refused=getattr(error, "verify_message", unknown))
+                return Handshake(refused=cause_of(error, self.site.seconds))
             certificate = tls.getpeercert(True)
             return Handshake(certificate, tls.getpeercert() or {}, tls.cipher()[0])
 
@@ -4021,7 +3997,7 @@ class Visit:
                 raise
             # Browsers accept that.  Python shows it only by this error.
             self.found("tls-old", url.origin(), what="no secure renegotiation, RFC 5746")
-            first = self.shake_hands(url, self.site.lenient)
+            first = self.shake_hands(url, tls_context(None))
         if not MODERN_CIPHER.match(first.cipher):
             self.found("tls-old", url.origin(), what=f"TLS 1.2 with {first.cipher}")
         self.judge_certificate(url, first.certificate)
@@ -4047,7 +4023,7 @@ class Visit:
             id = "redirection-invalid-cert.self-signed"
         else:
             id = "redirection-invalid-cert.chain"
-        self.found(id, url.origin(), reason=trusted.refused)
+        self.found(id, url.origin(), why=trusted.refused)
 
     def judge_dates(self, url: Url, fields: Dict[str, Any]) -> bool:
         """Judge when a certificate begins and ends; return whether it is valid now."""
@@ -4080,12 +4056,19 @@ class Visit:
 
     def fetch(self, url: Url, cookies: str = "", host: str = "") -> Response:
         """GET url.  OSError: there is no answer; ValueError: the answer is not HTTP/1."""
-        request = CHECK_REQUEST.format(
-            target=url.target,
-            host=host or url.authority(),
-            version=__version__,
-            cookies=f"Cookie: {cookies}\r\n" if cookies else "",
-        ).encode("latin-1")
+        cookie_line = f"Cookie: {cookies}\r\n" if cookies else ""
+        # It carries no credentials.  Some servers redirect only clients that send
+        # Upgrade-Insecure-Requests, as all browsers do (W3C Upgrade Insecure Requests,
+        # section 3.2).
+        request = (
+            f"GET {url.target} HTTP/1.1\r\n"
+            f"Host: {host or url.authority()}\r\n"
+            f"User-Agent: owahttps/{__version__}\r\n"
+            "Accept: text/html,*/*;q=0.8\r\n"
+            "Upgrade-Insecure-Requests: 1\r\n"
+            f"{cookie_line}Connection: close\r\n"
+            "\r\n"
+        )
 
         def is_enough(data: bytes) -> bool:
             """Only some pages are read beyond their head."""
@@ -4096,8 +4079,8 @@ class Visit:
             return unread or answer.complete or is_redirect(answer)
 
         deadline = self.site.request_deadline()
-        with self.connect(url, self.site.lenient if url.scheme == "https" else None) as sock:
-            data, error = converse(sock, request, deadline, is_enough, MAX_ANSWER)
+        with self.connect(url, tls_context(None) if url.scheme == "https" else None) as sock:
+            data, error = converse(sock, request.encode("latin-1"), deadline, is_enough, MAX_ANSWER)
         if isinstance(error, TIME_OUT):
             self.silent[url.origin()] = error
         response = final_response(data)
@@ -4119,7 +4102,7 @@ class Visit:
         # in TLS 1.3.  There the alert is lost if our request has crossed it: then the connection
         # is reset.  So it is asked again, without a request.
         if self.https.get(url.origin()) or CLIENT_CERTIFICATE_ALERT.search(str(error)):
-            with contextlib.suppress(OSError), self.connect(url, self.site.lenient) as tls:
+            with contextlib.suppress(OSError), self.connect(url, tls_context(None)) as tls:
                 deadline = min(time.monotonic() + 2, self.site.request_deadline())
                 _, refusal = converse(tls, b"", deadline)  # most servers stay silent
                 # A server that shares no cipher with us sends alert 40 too, but then there is
@@ -4177,7 +4160,7 @@ class Visit:
 
     def judge_fields(self, url: Url, response: Response) -> None:
         """Judge cookies and Strict-Transport-Security, of every answer."""
-        policies = list(dict.fromkeys(response.values("strict-transport-security")))
+        policies = set(response.values("strict-transport-security"))
         set_now = [cookie for cookie in read_cookies(response, url) if not cookie.deleted]
         if url.scheme == "http":
             if set_now:
@@ -4189,53 +4172,50 @@ class Visit:
             self.found("cookie-without-secure", url)
         if len(policies) > 1:
             self.found("response.multiple_headers", url)
-        # RFC 6797 section 8.1: only the first one counts.
-        self.hsts.append((url, read_hsts(policies[0]) if policies else None))
 
     def judge_hsts(self) -> None:
         """Judge what a browser knows of the site's name after all answers over https."""
         name = self.site.plain.name
         if is_address(name.strip("[]")):  # RFC 6797 section 8.3: an address cannot have it
             return
-        own = [(url, hsts) for url, hsts in self.hsts if url.name == name]
-        known = any(hsts for _, hsts in own)
+        own: List[Tuple[Url, Optional[Hsts]]] = []
         parent = ""
-        for url, hsts in self.hsts:
-            if hsts and hsts.covers_subdomains and name.endswith("." + url.name):
-                parent = url.name
+        for (url, _), response in self.answers.items():
+            if response and url.scheme == "https":
+                # RFC 6797 section 8.1: only the first field counts.
+                hsts = read_hsts(response.field("strict-transport-security") or "")
+                if url.name == name:
+                    own.append((url, hsts))
+                elif hsts and hsts.covers_subdomains and name.endswith("." + url.name):
+                    parent = url.name
+        known = any(hsts for _, hsts in own)
         for url, hsts in own:
-            if hsts and hsts.max_age < HALF_YEAR:
-                id = "hsts-implemented-max-age-less-than-six-months"
-            elif hsts and hsts.max_age < YEAR:
-                id = "header.preloadable.max_age.below_1_year"
-            elif known:
-                continue
-            else:
+            if hsts and hsts.max_age < 180 * DAY:  # as MDN and testssl.sh count it
+                self.found("hsts-implemented-max-age-less-than-six-months", url, age=hsts.max_age)
+            elif hsts and hsts.max_age < 365 * DAY:
+                self.found("header.preloadable.max_age.below_1_year", url, age=hsts.max_age)
+            elif not known:
                 id = "hsts-from-parent" if parent else "response.no_header"
-            self.found(id, url, age=hsts and hsts.max_age, parent=parent)
+                self.found(id, url, parent=parent)
 
     def next_url(self, url: Url, response: Response) -> Optional[Url]:
         """Return where a browser goes from this answer; None where it stays."""
-        locations = list(dict.fromkeys(text.strip() for text in response.values("location")))
+        locations = list(dict.fromkeys(response.values("location")))
         if not is_redirect(response):
-            refresh = refresh_of(response, url)
-            if not refresh:
+            locations = [refresh_of(response, url)]
+            if not locations[0]:
                 return None
-            locations = [refresh]
-        location = ", ".join(locations)
-        try:
-            # Browsers refuse several that differ: a header may have been injected.
-            if len(locations) != 1 or not location:
-                raise ValueError("not one Location")
-            following = resolve(location, url)
-        except ValueError:
-            values = {"status": response.status, "location": location or "none"}
-            self.found("location-invalid", url, **values)
+        location = ", ".join(locations) or "none"
+        following = None
+        # Browsers refuse several that differ: a header may have been injected.
+        if len(locations) == 1 and locations[0]:
+            with contextlib.suppress(ValueError):
+                following = resolve(location, url)
+        if following is None:
+            self.found("location-invalid", url, status=response.status, location=location)
             return None
         if not URI_TEXT.fullmatch(location) or NOT_FOR_ALL_CLIENTS.match(location):
             self.found("location-not-a-uri", url, location=location)
-        if url.scheme == "http" and not re.match("(?i)https?:", location):
-            self.found("redirection-relative", url, location=location)
         return following
 
     def judge_first(self, url: Url, response: Response, following: Url) -> None:
@@ -4271,14 +4251,12 @@ class Visit:
         """Judge where a visitor ends."""
         if is_redirect(response):  # it leads nowhere, as next_url() has said
             return
+        place, id = start, "redirection-not-to-https"
         if url.scheme == "https":
-            id = secure_fault(response)
+            place, id = url, secure_fault(response)
         elif url == start:
             id = plain_fault(response)
-        else:
-            id = "redirection-not-to-https"
         if id:
-            place = url if url.scheme == "https" else start
             self.found(id, place, status=response.status, location=url)
 
     # All questions.
@@ -4289,14 +4267,13 @@ class Visit:
         # There are sites that set a cookie and redirect to themselves until it comes back.
         jar: Dict[Tuple[str, str, str], Cookie] = {}
         visited: List[Tuple[Url, str]] = []
-        while True:
+        for redirects in range(MAX_HOPS):
             kept = [one for one in jar.values() if one.goes_to(url)]
             cookies = "; ".join(one.pair for one in kept)
-            if (url, cookies) in visited or len(visited) == MAX_HOPS:
-                self.found("redirect-loop", start)
-                return
+            if (url, cookies) in visited:
+                break
             visited.append((url, cookies))
-            if len(visited) == 5:
+            if redirects == 4:
                 self.found("redirects.too_many", start)
             response = self.ask(url, cookies)
             if response is None:
@@ -4308,29 +4285,27 @@ class Visit:
             if following is None:
                 self.judge_last(start, url, response)
                 return
-            first = len(visited) == 1
-            if first and url.scheme == "http":
+            if redirects == 0 and url.scheme == "http":
                 self.judge_first(url, response, following)
             elif url.scheme == "https" and following.scheme == "http":
-                when = "initial" if first else "subsequent"
+                when = "subsequent" if redirects else "initial"
                 self.found(f"redirects.insecure.{when}", url, location=following)
             url = following
+        self.found("redirect-loop", start)
 
-    def try_acme(self) -> None:
-        """Certificate authorities follow a redirect, but want the same path."""
-        url = self.site.plain._replace(target=ACME_QUESTION)
-        response = self.ask(url)
-        following = self.next_url(url, response) if response else None
-        if following and following.target != url.target:
-            self.found("acme-challenge-lost", url, location=following)
-
-    def try_forged_host(self) -> None:
-        """An invalid Host (RFC 9110 section 7.2) must not become the host of a Location."""
+    def ask_more(self) -> None:
+        """Ask what no visitor asks."""
+        # Certificate authorities follow a redirect, but want the same path.
+        acme = self.site.plain._replace(target=ACME_QUESTION)
+        response = self.ask(acme)
+        following = self.next_url(acme, response) if response else None
+        if following and following.target != acme.target:
+            self.found("acme-challenge-lost", acme, location=following)
+        # An invalid Host (RFC 9110 section 7.2) must not become the host of a Location.
         root = self.site.plain._replace(target="/")
         with contextlib.suppress(OSError, ValueError):
             response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
-            location = response.field("location") or ""
-            if resolve(location, root).name == FORGED_HOST:
+            if resolve(response.field("location") or "", root).name == FORGED_HOST:
                 self.found("host-reflected", root)
 
     def visit_plain(self) -> None:
@@ -4339,10 +4314,9 @@ class Visit:
         path = self.site.rule.path
         for target in dict.fromkeys(["/", plain.target, path, path.rstrip("/") + DEEP_LINK]):
             self.follow(plain._replace(target=target))
-        root = self.answers.get((plain._replace(target="/"), ""))
+        root = self.ask(plain._replace(target="/"))
         if root and is_redirect(root):
-            self.try_acme()
-            self.try_forged_host()
+            self.ask_more()
 
     def knock(self, url: Url) -> Optional[OSError]:
         """Return why a port takes no connection, or None."""
@@ -4393,25 +4367,15 @@ def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address
         site.found("nothing-answers", site.plain.origin(), host, secure=secure, why=why)
 
 
-def judge_unresolved(site: Site, server: Url, family: int, error: OSError) -> None:
-    """Judge why there is no address: the name may have one of the other family."""
-    if family and not isinstance(error, TIME_OUT):
-        with contextlib.suppress(OSError):
-            look_up(server.name, server.port, 0, site.seconds)
-            names = ("IPv4", "-4") if family == socket.AF_INET else ("IPv6", "-6")
-            site.found("address-of-other-family", server.name, family=names[0], option=names[1])
-            return
-    site.found("host-unknown", server.name, why=cause_of(error, site.seconds))
-
-
 def visit_all(site: Site, connect: str, family: int) -> None:
     """Visit all addresses of a site, or of the host to connect to."""
     name, port = split_authority(ascii_authority(connect or site.plain.authority()))
-    server = Url("http", name, port or PORTS["http"], "/")
     try:
-        site.addresses = look_up(server.name, server.port, family, site.seconds)
+        site.addresses = look_up(name, port or PORTS["http"], family, site.seconds)
     except OSError as error:
-        judge_unresolved(site, server, family, error)
+        families = {0: "IPv4 or IPv6", socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+        why = cause_of(error, site.seconds)
+        site.found("host-unknown", name, family=families[family], why=why)
         return
     failures: Dict[Address, Optional[OSError]] = {}
     for address in site.addresses:
@@ -4460,10 +4424,11 @@ def check(
     try:
         plain, secure = read_target(target)
     except ValueError as error:  # one invalid target does not stop the others
-        return Report(target, "unknown", [], [make_finding("target-invalid", {"error": error})])
+        text = FINDINGS["unknown"]["target-invalid"].format(error=str(error).replace("|", "\\x7C"))
+        return Report(target, "unknown", [], [Finding("target-invalid", "unknown", text, [])])
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
     visit_all(site, connect, family)
-    findings = [site.finding(id, ignore) for id in site.seen]
+    findings = [site.finding(id, id in ignore) for id in site.seen]
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     severity = findings[0].severity if findings[0].severity in EXIT_CODES else "ok"
     return Report(target, severity, site.hops, findings)
