@@ -3405,7 +3405,7 @@ FINDINGS = {
         "cut-short": "the check of {url} ended after {seconds} s, unfinished: raise --timeout",
     },
     "critical": {
-        "nothing-answers": "neither {url} nor {secure} answers {why}",
+        "nothing-answers": "neither {url} nor {secure} answers {why}: start its server",
         "http-no-answer": "{url} gave no answer {why}: look at its server",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
         "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or redirect elsewhere",
@@ -3553,11 +3553,9 @@ def resolve(text: str, base: Url) -> Url:
     text = re.sub(r"[\t\r\n]", "", text.strip(C0_AND_BLANK)).partition("#")[0]
     path, mark, query = text.partition("?")
     path = path.replace("\\", "/")
-    scheme, colon, rest = path.partition(":")
-    if colon and re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
-        scheme, path = scheme.lower(), rest
-    else:
-        scheme = base.scheme
+    start = re.match("(?s)([A-Za-z][A-Za-z0-9+.-]*):(.*)", path)
+    scheme, path = start.groups() if start else (base.scheme, path)
+    scheme = scheme.lower()
     if scheme not in PORTS:
         raise ValueError(f"{scheme[:20]!a} is not http or https")
     if path.startswith("//") or scheme != base.scheme:  # from http, "https:/h" is https://h/
@@ -3613,7 +3611,7 @@ class Cookie(NamedTuple):
 def is_deleted(attributes: Dict[str, str]) -> bool:
     """Return whether a cookie with these attributes is being deleted."""
     if "max-age" in attributes:  # it goes before Expires
-        return re.fullmatch("-[0-9]+|0+", attributes["max-age"]) is not None
+        return attributes["max-age"].startswith(("-", "0"))
     try:
         when = parsedate_tz(attributes.get("expires", "")[:100])
         return when is not None and mktime_tz(when) < time.time()
@@ -3633,14 +3631,17 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
         if not path.startswith("/"):  # RFC 6265 section 5.1.4
             path = url.target.partition("?")[0].rpartition("/")[0] or "/"
         cookie = Cookie(pair, domain, path, "secure" in attributes, is_deleted(attributes))
-        invalid = len(field) > 4096 or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
-        # RFC 6265bis section 5.7: what these names and SameSite=None promise has to be so.
         name, of_other_sites = pair.lower(), attributes.get("samesite", "").lower() == "none"
-        if not cookie.secure and (of_other_sites or name.startswith(("__secure-", "__host-"))):
-            continue
-        if name.startswith("__host-") and (path != "/" or attributes.get("domain")):
-            continue
-        if pair.strip("=") and not invalid and f".{url.name}".endswith(f".{domain}"):
+        promises_secure = of_other_sites or name.startswith(("__secure-", "__host-"))
+        is_refused = (
+            not pair.strip("=")
+            or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
+            or not f".{url.name}".endswith(f".{domain}")
+            # RFC 6265bis section 5.7: what these names and SameSite=None promise has to be so.
+            or (promises_secure and not cookie.secure)
+            or (name.startswith("__host-") and (path != "/" or "domain" in attributes))
+        )
+        if not is_refused:
             cookies.append(cookie)
     return cookies
 
@@ -3680,11 +3681,6 @@ REFRESH_NOW = re.compile(
 )
 
 
-def text_of(response: Response) -> str:
-    """Return the body of a response as text; the patterns for it are ASCII."""
-    return response.body.decode("latin-1")
-
-
 def refresh_of(response: Response, url: Url) -> str:
     """Return the URL that a page leads to at once, by the field Refresh or a meta tag, or "".
 
@@ -3692,7 +3688,7 @@ def refresh_of(response: Response, url: Url) -> str:
     """
     texts = response.values("refresh")
     if url.scheme == "http":
-        tags = META.findall(HIDDEN.sub("", text_of(response)))
+        tags = META.findall(HIDDEN.sub("", response.body.decode("latin-1")))
         texts += [CONTENT.sub("", tag) for tag in tags if REFRESH.search(tag)]
     for match in filter(None, map(REFRESH_NOW.match, texts)):
         with contextlib.suppress(ValueError):  # browsers ignore an invalid one
@@ -3719,7 +3715,7 @@ def plain_fault(response: Response) -> str:
     # IIS 5 and 6 show "403.4" and a sentence.  From IIS 7 on, a visitor from elsewhere gets a
     # bare 403, and the number is shown only on the server.
     iis = "IIS" in (response.field("server") or "")
-    page = text_of(response)
+    page = response.body.decode("latin-1")
     about_ssl = re.search("403[.;]4|secured? (with|channel)", page)
     other_403 = re.search("403[.;][0-9]", page)
     if response.status == 403 and (about_ssl or (iis and not other_403)):
@@ -3731,7 +3727,7 @@ def plain_fault(response: Response) -> str:
 
 def secure_fault(response: Response) -> str:
     """Return the id of the finding for an answer over https, or "" if it is fine."""
-    page = text_of(response)
+    page = response.body.decode("latin-1")
     if response.status == 421:
         return "proxy-loop" if "redirect loop" in page else "https-misdirected"
     if response.status == 400 and "required SSL certificate" in page:  # as nginx says it
@@ -3768,8 +3764,13 @@ CLIENT_CERTIFICATE_ALERT = re.compile(
 # A connect() that fails with one of these never left this machine.  EACCES and EPERM come from
 # a firewall on it.
 NO_WAY = (
-    *(errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT),
-    *(errno.EACCES, errno.EPERM, errno.EMFILE),
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.EADDRNOTAVAIL,
+    errno.EAFNOSUPPORT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
 )
 TIME_OUT = (socket.timeout, TimeoutError)
 # Those with forward secrecy and authenticated encryption.
@@ -3870,7 +3871,7 @@ def look_up(name: str, port: int, family: int, seconds: float) -> List[Address]:
     thread.join(max(seconds, 0.001))
     if not rows:
         raise failures[0] if failures else socket.timeout()
-    return sorted({(str(row[4][0]), int(row[4][1])) for row in rows})
+    return sorted({row[4][:2] for row in rows})
 
 
 # ---- The check: a site and its addresses ---------------------------------------------
@@ -3954,8 +3955,9 @@ class Visit:
         if url.origin() in self.silent:
             raise self.silent[url.origin()]
         deadline = self.site.request_deadline()
-        plain = url.origin() == self.site.plain.origin()
-        places = [(self.address[0], self.address[1] if plain else url.port)]
+        places = [self.address]
+        if url.origin() != self.site.plain.origin():
+            places = [(self.address[0], url.port)]
         if url.name != self.site.plain.name:
             places = look_up(url.name, url.port, 0, deadline - time.monotonic())
         # An address that hangs must leave time for the next one.
@@ -4004,6 +4006,7 @@ class Visit:
 
     def judge_certificate(self, url: Url, certificate: bytes) -> None:
         """Find out whether a certificate is trusted: each handshake asks one question."""
+        origin = url.origin()
         trusted = self.shake_hands(url, self.site.trusting)
         fields = trusted.fields
         if not fields:
@@ -4011,8 +4014,8 @@ class Visit:
             itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
             fields = self.shake_hands(url, tls_context(itself, X509_NO_CHECK_TIME)).fields
         if fields and not is_named(fields, url.name):
-            self.found("redirection-invalid-cert.name", url.origin(), host=url.name)
-        if fields and not self.judge_dates(url, fields):
+            self.found("redirection-invalid-cert.name", origin, host=url.name)
+        if fields and not self.judge_dates(origin, fields):
             # Whatever its own dates: does it lead to an authority?
             trusted = self.shake_hands(url, tls_context(self.site.trust, X509_NO_CHECK_TIME))
         if trusted.fields:
@@ -4023,21 +4026,22 @@ class Visit:
             id = "redirection-invalid-cert.self-signed"
         else:
             id = "redirection-invalid-cert.chain"
-        self.found(id, url.origin(), why=trusted.refused)
+        self.found(id, origin, why=trusted.refused)
 
-    def judge_dates(self, url: Url, fields: Dict[str, Any]) -> bool:
+    def judge_dates(self, origin: str, fields: Dict[str, Any]) -> bool:
         """Judge when a certificate begins and ends; return whether it is valid now."""
         first, last = fields["notBefore"], fields["notAfter"]
-        begin, end = ssl.cert_time_to_seconds(first), ssl.cert_time_to_seconds(last)
+        begin = ssl.cert_time_to_seconds(first)
+        end = ssl.cert_time_to_seconds(last)
         now = time.time()
         if now < begin:
-            self.found("redirection-invalid-cert.not-yet-valid", url.origin(), date=first)
+            self.found("redirection-invalid-cert.not-yet-valid", origin, date=first)
         elif now > end:
-            self.found("redirection-invalid-cert.expired", url.origin(), date=last)
+            self.found("redirection-invalid-cert.expired", origin, date=last)
         # A certificate for six days is always in its last 14 days (RFC 9773 renews at two thirds).
         elif end - now < min(14 * DAY, (end - begin) / 3):
             days = int((end - now) / DAY)
-            self.found("cert-expires-soon", url.origin(), date=last, days=days)
+            self.found("cert-expires-soon", origin, date=last, days=days)
         return begin <= now <= end
 
     def speaks_tls(self, url: Url) -> bool:
@@ -4190,13 +4194,16 @@ class Visit:
                     parent = url.name
         known = any(hsts for _, hsts in own)
         for url, hsts in own:
-            if hsts and hsts.max_age < 180 * DAY:  # as MDN and testssl.sh count it
-                self.found("hsts-implemented-max-age-less-than-six-months", url, age=hsts.max_age)
-            elif hsts and hsts.max_age < 365 * DAY:
-                self.found("header.preloadable.max_age.below_1_year", url, age=hsts.max_age)
-            elif not known:
+            age = hsts.max_age if hsts else 0
+            if hsts and age < 180 * DAY:  # as MDN and testssl.sh count it
+                id = "hsts-implemented-max-age-less-than-six-months"
+            elif hsts and age < 365 * DAY:
+                id = "header.preloadable.max_age.below_1_year"
+            elif known:
+                continue
+            else:
                 id = "hsts-from-parent" if parent else "response.no_header"
-                self.found(id, url, parent=parent)
+            self.found(id, url, age=age, parent=parent)
 
     def next_url(self, url: Url, response: Response) -> Optional[Url]:
         """Return where a browser goes from this answer; None where it stays."""
@@ -4228,10 +4235,9 @@ class Visit:
         status = expected.get("status", response.status)
         if expected and not is_redirect(response):
             status = rule.status
-        same_port = following.port == url.port != rule.https_port
         if following.scheme != "https":
             id = "redirection-not-to-https-on-initial-redirection"
-        elif same_port and not self.speaks_tls(following):
+        elif following.port == url.port != rule.https_port and not self.speaks_tls(following):
             id = "location-keeps-plain-port"
         elif (wanted, status) != (following, response.status):
             id = "rule-mismatch"
@@ -4241,11 +4247,11 @@ class Visit:
             id = "redirection-off-host-from-http"
         else:
             id = "redirection-to-https"
-        values = {"location": following, "status": response.status}
-        self.found(id, url, expected=f"{status} {wanted}", **values)
+        right = f"{status} {wanted}"
+        self.found(id, url, status=response.status, location=following, expected=right)
         # RFC 6797 section 7.2; an expected status is left as it is.
         if response.status in (302, 303, 307) and "status" not in expected:
-            self.found("redirection-temporary", url, **values)
+            self.found("redirection-temporary", url, status=response.status)
 
     def judge_last(self, start: Url, url: Url, response: Response) -> None:
         """Judge where a visitor ends."""
@@ -4350,20 +4356,18 @@ class Visit:
         return None
 
 
-def judge_dead(site: Site, address: Address, error: OSError, alive: List[Address]) -> None:
+def judge_dead(site: Site, host: str, error: OSError, alive: List[str]) -> None:
     """Judge an address where neither port can be reached.
 
     Browsers go on with the other family (RFC 8305).  If one family does not answer and the other
     does, this machine may have no route to it.
     """
-    host = address[0]
     secure, why = site.secure.origin(), cause_of(error, site.seconds)
-    family = [one for one in alive if (":" in one[0]) == (":" in host)]
+    family = [one for one in alive if (":" in one) == (":" in host)]
     refused = isinstance(error, ConnectionError)
     if has_no_way(error) or (alive and not family and not refused):
         site.found("address-unreachable", host, why=why)
     else:
-        why += ": start its server" if refused else ": is that host up?"
         site.found("nothing-answers", site.plain.origin(), host, secure=secure, why=why)
 
 
@@ -4377,15 +4381,15 @@ def visit_all(site: Site, connect: str, family: int) -> None:
         why = cause_of(error, site.seconds)
         site.found("host-unknown", name, family=families[family], why=why)
         return
-    failures: Dict[Address, Optional[OSError]] = {}
+    failures: Dict[str, Optional[OSError]] = {}
     for address in site.addresses:
-        failures[address] = Visit(site, address).run()
+        failures[address[0]] = Visit(site, address).run()
         if site.is_over():
             break
-    alive = [address for address, failure in failures.items() if not failure]
-    for address, failure in failures.items():
+    alive = [host for host, failure in failures.items() if not failure]
+    for host, failure in failures.items():
         if failure:
-            judge_dead(site, address, failure, alive)
+            judge_dead(site, host, failure, alive)
 
 
 def check_ignored(ids: Sequence[str]) -> None:
