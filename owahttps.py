@@ -3632,13 +3632,13 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
             path = url.target.partition("?")[0].rpartition("/")[0] or "/"
         cookie = Cookie(pair, domain, path, "secure" in attributes, is_deleted(attributes))
         name, of_other_sites = pair.lower(), attributes.get("samesite", "").lower() == "none"
-        promises_secure = of_other_sites or name.startswith(("__secure-", "__host-"))
+        needs_secure = of_other_sites or name.startswith(("__secure-", "__host-"))
         is_refused = (
             not pair.strip("=")
             or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
             or not f".{url.name}".endswith(f".{domain}")
             # RFC 6265bis section 5.7: what these names and SameSite=None promise has to be so.
-            or (promises_secure and not cookie.secure)
+            or (needs_secure and not cookie.secure)
             or (name.startswith("__host-") and (path != "/" or "domain" in attributes))
         )
         if not is_refused:
@@ -3773,7 +3773,7 @@ NO_WAY = (
     errno.EMFILE,
 )
 TIME_OUT = (socket.timeout, TimeoutError)
-# Those with forward secrecy and authenticated encryption.
+# It has forward secrecy and authenticated encryption.
 MODERN_CIPHER = re.compile("TLS_|ECDHE.*(GCM|CHACHA20)")
 
 
@@ -4299,30 +4299,26 @@ class Visit:
             url = following
         self.found("redirect-loop", start)
 
-    def ask_more(self) -> None:
-        """Ask what no visitor asks."""
+    def visit_plain(self) -> None:
+        """Ask the plain port."""
+        plain, path = self.site.plain, self.site.rule.path
+        for target in dict.fromkeys(["/", plain.target, path, path.rstrip("/") + DEEP_LINK]):
+            self.follow(plain._replace(target=target))
+        root = plain._replace(target="/")
+        response = self.ask(root)
+        if not response or not is_redirect(response):
+            return
         # Certificate authorities follow a redirect, but want the same path.
-        acme = self.site.plain._replace(target=ACME_QUESTION)
+        acme = plain._replace(target=ACME_QUESTION)
         response = self.ask(acme)
         following = self.next_url(acme, response) if response else None
         if following and following.target != acme.target:
             self.found("acme-challenge-lost", acme, location=following)
         # An invalid Host (RFC 9110 section 7.2) must not become the host of a Location.
-        root = self.site.plain._replace(target="/")
         with contextlib.suppress(OSError, ValueError):
             response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
             if resolve(response.field("location") or "", root).name == FORGED_HOST:
                 self.found("host-reflected", root)
-
-    def visit_plain(self) -> None:
-        """Ask the plain port."""
-        plain = self.site.plain
-        path = self.site.rule.path
-        for target in dict.fromkeys(["/", plain.target, path, path.rstrip("/") + DEEP_LINK]):
-            self.follow(plain._replace(target=target))
-        root = self.ask(plain._replace(target="/"))
-        if root and is_redirect(root):
-            self.ask_more()
 
     def knock(self, url: Url) -> Optional[OSError]:
         """Return why a port takes no connection, or None."""
@@ -4394,8 +4390,6 @@ def visit_all(site: Site, connect: str, family: int) -> None:
 
 def check_ignored(ids: Sequence[str]) -> None:
     """Raise ValueError unless these are ids of findings."""
-    if isinstance(ids, str):
-        raise ValueError(f"ignore={ids!a} is one string: give a list of ids")
     for id in ids:
         if id not in SEVERITY_OF:
             raise ValueError(f"there is no finding {id!a} to ignore: see check --list")

@@ -2745,7 +2745,7 @@ def test_lines(line, case, certificates):
 
 INVALID_SETTINGS = [
     ({"ignore": ["nope"]}, "'nope'"),
-    ({"ignore": MISSING}, "a list"),
+    ({"ignore": MISSING}, "'r'"),
     ({"connect": "x:y"}, "'x:y'"),
     ({"expected": {"status": 303}}, "303"),
 ]
