@@ -3397,7 +3397,7 @@ FINDINGS = {
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
-        "host-unknown": "{url} has no {family} address {why}",
+        "host-unknown": "no {family} address was found for {url} {why}",
         "address-unreachable": "this machine cannot reach {url} {why}: try -4 or -6",
         "no-authorities": "this machine has no certificate authorities, so the certificate of "
         "{url} cannot be judged: install ca-certificates here, or give --ca-file",

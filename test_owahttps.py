@@ -2704,11 +2704,11 @@ def test_text(certificates):
         assert run(*site.words, "--quiet", "--ignore", MISSING) == (0, "", "")
 
 
-NO_FAMILY = "unknown   127.0.0.1:PLAIN: 127.0.0.1 has no IPv6 address ("
+NO_FAMILY = "unknown   127.0.0.1:PLAIN: no IPv6 address was found for 127.0.0.1 ("
 NOTHING = (
     "critical  127.0.0.1:PLAIN: neither http://127.0.0.1:PLAIN nor https://127.0.0.1:1 answers"
 )
-NO_NAME = "unknown   nowhere.invalid: nowhere.invalid has no IPv4 or IPv6 address ("
+NO_NAME = "unknown   nowhere.invalid: no IPv4 or IPv6 address was found for nowhere.invalid ("
 SILENT_TEXT = "http://localhost:PLAIN/ gave no answer within 0.1 s: look at its server\n"
 LEFT_OUT = f"ok        localhost:PLAIN: nothing else was found (1 ignored: {MISSING})\n"
 TWO = ["cookie-over-http", MISSING]
