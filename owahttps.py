@@ -449,7 +449,7 @@ LOOP_SIGNS = {
 FIELD_NAMES = ["host", "user-agent", "connection", "referer", *LOOP_SIGNS]
 FIELD_NAMES += ["content-length", "transfer-encoding"]
 INITIALS = "".join(sorted({name[0] + name[0].upper() for name in FIELD_NAMES}))
-FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)", re.ASCII)
+FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
 # What a log line writes as \xHH: all but printable ASCII, and quotes and backslashes.
@@ -1054,8 +1054,8 @@ class RedirectHandler(BaseHTTPRequestHandler):
         elif self.close_connection:
             self.close_or_drain()
         else:
-            whole = self.incoming and head_end(self.incoming)
-            self.state = WRITING if whole else READING
+            more = bool(self.incoming) and head_end(self.incoming) > 0
+            self.state = WRITING if more else READING
 
     def close_or_drain(self) -> None:
         """End after the last answer; first drain where the client may still be sending."""
@@ -1500,11 +1500,10 @@ def article_steps(recipe: str, rule: RedirectRule, port: int) -> str:
     folder = rule.path.split("/")[1]
     if not folder:
         raise RuleError("the article is for one folder, such as --path /exchange, not for /")
-    text = ARTICLE_STEPS
-    services = " With Exchange 2000, all its services stop with IIS."
     if recipe == "exchange2003":
-        text += IIS_6_STEPS
-        services = ""
+        text, services = ARTICLE_STEPS + IIS_6_STEPS, ""
+    else:
+        text, services = ARTICLE_STEPS, " With Exchange 2000, all its services stop with IIS."
     return text.format(
         variables="SERVER_PORT" if rule.host else "SERVER_PORT and SERVER_NAME",
         folder="Exchange" if folder == "exchange" else folder,
@@ -1862,7 +1861,7 @@ def converse(
 # The attacker's host is evil.example.  No request names it in a valid way, so an answer that leads
 # there is unsafe, whatever its case is about.
 #
-# Where cases differ in little, a table has that of each: the id, the reference, and what is sent.
+# Cases that differ only in data are rows of a table, and the function's last lines make them cases.
 SAFE, MUST, OWN = "safe", "must", "own"
 MAIL = "mail.example.com"
 EVIL = "evil.example"
@@ -2185,12 +2184,12 @@ def length_cases(rule: RedirectRule) -> List[Case]:
         "length-underscore": "Content-Length: 1_0",
         "length-space": "Content-Length: 1 0",
         "length-list": "Content-Length: 5, 6",
-        "length-twice": "Content-Length: 0\r\nContent-Length: 5",
     }
     huge = "Content-Length: 99999999999999999999"  # more than an integer type holds
     post = "POST / HTTP/1.1"
     chunked = "Transfer-Encoding: chunked"
     both = ("Content-Length: 5", chunked)
+    lengths = head_of(post, "Content-Length: 0", "Content-Length: 5")
     empty = b"0\r\n\r\n"
     two = empty + head_of(GET, host="other.example")
     last_gzip = head_of(post, "Transfer-Encoding: chunked, gzip")
@@ -2201,6 +2200,7 @@ def length_cases(rule: RedirectRule) -> List[Case]:
     closes = "the connection is closed"
     return [
         *(field_case(MUST, id, "RFC 9112 6.3", field, "400") for id, field in invalid.items()),
+        case(MUST, "length-twice", "RFC 9112 6.3", "two lengths that differ", lengths, "400"),
         field_case(OWN, "length-huge", "RFC 9110 8.6", huge, redirect_by(rule), "413"),
         case(MUST, "coding-not-chunked", "RFC 9112 6.3", "chunked, gzip", last_gzip, "400", "501"),
         case(OWN, "coding-chunked-twice", "RFC 9112 6.1", "chunked, twice", chunked_twice, "400"),
@@ -2276,7 +2276,7 @@ def location_cases(rule: RedirectRule) -> List[Case]:
 
 
 def path_cases(rule: RedirectRule) -> List[Case]:
-    """Return the cases about paths that stay the same, those of programs in every mode."""
+    """Return the cases about paths that are kept, those of programs always; and ACME tokens."""
     acme = "/.well-known/acme-challenge/"
     kept = [
         ("mta-sts", "RFC 8461 3.3", "/.well-known/mta-sts.txt?x=1"),
@@ -2782,8 +2782,9 @@ def site_redirects(rule: RedirectRule) -> List[Tuple[str, str, bool]]:
 def site_notes(recipe: str, rule: RedirectRule) -> str:
     """Return what the site does, and when not to use it."""
     others = '"Exchange Back End"' if recipe == "exchange" else "the other sites"
+    names = " and\n".join(site_names(rule))
     notes = f"""\
-A Web site of its own redirects {" and ".join(site_names(rule))}.
+A Web site of its own redirects {names}.
 "Default Web Site" and {others} are left alone: IIS gives a request to the binding that
 names its host, before those for any host (Microsoft Learn, "UrlPrefix Strings").
 """
@@ -3361,7 +3362,8 @@ def recipe_parts(recipe: str, rule: RedirectRule, port: int) -> List[Part]:
 # Every kind of finding by its severity: its id, and what was seen and what to do.  The id is that
 # of the MDN HTTP Observatory (redirection-..., hsts-...) or of hstspreload.org (with dots) where
 # theirs means the same; for certificates, MDN's id is followed by the fault.
-# HSTS is Strict-Transport-Security (RFC 6797).
+# HSTS is Strict-Transport-Security (RFC 6797).  The severities begin with the mildest: where all is
+# well, the good redirect is the headline, and not a note.
 FINDINGS = {
     "note": {
         "redirection-temporary": "{url} answers {status}: make it permanent once HTTPS is settled",
@@ -3397,7 +3399,7 @@ FINDINGS = {
     },
     "unknown": {
         "target-invalid": "the target is invalid: {error}",
-        "host-unknown": "no {family} address was found for {url} {why}",
+        "host-unknown": "no address was found for {url}{option} {why}",
         "address-unreachable": "this machine cannot reach {url} {why}: try -4 or -6",
         "no-authorities": "this machine has no certificate authorities, so the certificate of "
         "{url} cannot be judged: install ca-certificates here, or give --ca-file",
@@ -3405,7 +3407,8 @@ FINDINGS = {
         "cut-short": "the check of {url} ended after {seconds} s, unfinished: raise --timeout",
     },
     "critical": {
-        "nothing-answers": "neither {url} nor {secure} answers {why}: start its server",
+        "nothing-answers": "neither {url} nor {secure} answers {why}: look at that host and its "
+        "server",
         "http-no-answer": "{url} gave no answer {why}: look at its server",
         "http-garbled": "{url} does not answer in HTTP: see what listens there",
         "domain.tls.cannot_connect": "no HTTPS at {url} {why}: start it, or redirect elsewhere",
@@ -3441,7 +3444,7 @@ FINDINGS = {
     },
 }
 SEVERITY_OF = {id: severity for severity, group in FINDINGS.items() for id in group}
-SEVERITIES = ["ignored", *FINDINGS]  # mildest first
+SEVERITIES = ["ignored", *FINDINGS]
 ALARMS = ("warning", "unknown", "critical")
 EXIT_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}  # the monitoring world's
 
@@ -3458,6 +3461,13 @@ DEEP_LINK = "/inbox/?cmd=contents&x=a%2Fb"  # a bookmark; "%2F" shows whether it
 ACME_QUESTION = ACME_PREFIX + "owahttps-check"
 
 Trust = Dict[str, Any]  # cafile, capath or cadata; empty: this machine's authorities
+
+
+def text_of(id: str, **values: Any) -> str:
+    """Return what a finding says, in printable ASCII."""
+    escaped = {key: log_escape(str(value), 320) for key, value in values.items()}
+    # A "|" would begin the performance data of a monitoring plugin.
+    return FINDINGS[SEVERITY_OF[id]][id].format(**escaped).replace("|", "\\x7C")
 
 
 class Finding(NamedTuple):
@@ -3611,7 +3621,7 @@ class Cookie(NamedTuple):
 def is_deleted(attributes: Dict[str, str]) -> bool:
     """Return whether a cookie with these attributes is being deleted."""
     if "max-age" in attributes:  # it goes before Expires
-        return attributes["max-age"].startswith(("-", "0"))
+        return re.fullmatch("-[0-9]+|0+", attributes["max-age"]) is not None
     try:
         when = parsedate_tz(attributes.get("expires", "")[:100])
         return when is not None and mktime_tz(when) < time.time()
@@ -3635,11 +3645,12 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
         needs_secure = of_other_sites or name.startswith(("__secure-", "__host-"))
         is_refused = (
             not pair.strip("=")
+            or len(field) > 4096
             or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
             or not f".{url.name}".endswith(f".{domain}")
             # RFC 6265bis section 5.7: what these names and SameSite=None promise has to be so.
             or (needs_secure and not cookie.secure)
-            or (name.startswith("__host-") and (path != "/" or "domain" in attributes))
+            or (name.startswith("__host-") and (path != "/" or attributes.get("domain")))
         )
         if not is_refused:
             cookies.append(cookie)
@@ -3773,7 +3784,7 @@ NO_WAY = (
     errno.EMFILE,
 )
 TIME_OUT = (socket.timeout, TimeoutError)
-# It has forward secrecy and authenticated encryption.
+# OpenSSL's names of ciphers with forward secrecy and authenticated encryption.
 MODERN_CIPHER = re.compile("TLS_|ECDHE.*(GCM|CHACHA20)")
 
 
@@ -3916,18 +3927,14 @@ class Site:
         """Make one finding of all that was seen under this id."""
         urls, where, values = zip(*self.seen[id])
         urls = list(dict.fromkeys(urls))
-        escaped = {key: log_escape(str(value), 300) for key, value in values[0].items()}
-        escaped["url"] = log_escape(urls[0], 300)
+        url = urls[0][:300]
         if len(urls) > 1:
-            escaped["url"] += f" (and {len(urls) - 1} more)"
-        severity = SEVERITY_OF[id]
-        text = FINDINGS[severity][id].format(**escaped)
+            url += f" (and {len(urls) - 1} more)"
+        text = text_of(id, url=url, **values[0])
         addresses = sorted(set(where) - {""})
         if addresses and len(addresses) < len(self.addresses):
             text += f" [at {', '.join(addresses)}]"
-        # A "|" would begin the performance data of a monitoring plugin.
-        text = text.replace("|", "\\x7C")
-        return Finding(id, "ignored" if is_ignored else severity, text, urls)
+        return Finding(id, "ignored" if is_ignored else SEVERITY_OF[id], text, urls)
 
 
 class Visit:
@@ -3955,11 +3962,12 @@ class Visit:
         if url.origin() in self.silent:
             raise self.silent[url.origin()]
         deadline = self.site.request_deadline()
-        places = [self.address]
-        if url.origin() != self.site.plain.origin():
-            places = [(self.address[0], url.port)]
         if url.name != self.site.plain.name:
             places = look_up(url.name, url.port, 0, deadline - time.monotonic())
+        elif url.origin() == self.site.plain.origin():
+            places = [self.address]
+        else:
+            places = [(self.address[0], url.port)]
         # An address that hangs must leave time for the next one.
         share = max(deadline - time.monotonic(), 0.001) / len(places)
         for place in places:
@@ -3988,6 +3996,46 @@ class Visit:
             certificate = tls.getpeercert(True)
             return Handshake(certificate, tls.getpeercert() or {}, tls.cipher()[0])
 
+    def judge_dates(self, origin: str, fields: Dict[str, Any]) -> bool:
+        """Judge when a certificate begins and ends; return whether it is valid now."""
+        begin = ssl.cert_time_to_seconds(fields["notBefore"])
+        end = ssl.cert_time_to_seconds(fields["notAfter"])
+        now = time.time()
+        if now < begin:
+            self.found("redirection-invalid-cert.not-yet-valid", origin, date=fields["notBefore"])
+        elif now > end:
+            self.found("redirection-invalid-cert.expired", origin, date=fields["notAfter"])
+        # A certificate for six days is always in its last 14 days (RFC 9773 renews at two thirds).
+        elif end - now < min(14 * DAY, (end - begin) / 3):
+            days = int((end - now) / DAY)
+            self.found("cert-expires-soon", origin, date=fields["notAfter"], days=days)
+        return begin <= now <= end
+
+    def judge_certificate(self, url: Url, certificate: bytes) -> None:
+        """Find out whether a certificate is trusted: each handshake asks one question."""
+        origin = url.origin()
+        trusted = self.shake_hands(url, self.site.trusting)
+        fields = trusted.fields
+        if not fields:
+            # With itself as its authority, at any time: what does it say?
+            itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
+            fields = self.shake_hands(url, tls_context(itself, X509_NO_CHECK_TIME)).fields
+        is_in_date = not fields or self.judge_dates(origin, fields)
+        if fields and not is_named(fields, url.name):
+            self.found("redirection-invalid-cert.name", origin, host=url.name)
+        if not is_in_date:
+            # Whatever its own dates: does it lead to an authority?
+            trusted = self.shake_hands(url, tls_context(self.site.trust, X509_NO_CHECK_TIME))
+        if trusted.fields:
+            return
+        if not self.site.trust and not has_authorities(self.site.trusting):
+            id = "no-authorities"
+        elif fields and fields["issuer"] == fields["subject"]:
+            id = "redirection-invalid-cert.self-signed"
+        else:
+            id = "redirection-invalid-cert.chain"
+        self.found(id, origin, why=trusted.refused)
+
     def judge_tls(self, url: Url) -> None:
         """Shake hands as a browser would; OSError or ValueError: there is no HTTPS."""
         strict = tls_context(None)
@@ -4003,46 +4051,6 @@ class Visit:
         if not MODERN_CIPHER.match(first.cipher):
             self.found("tls-old", url.origin(), what=f"TLS 1.2 with {first.cipher}")
         self.judge_certificate(url, first.certificate)
-
-    def judge_certificate(self, url: Url, certificate: bytes) -> None:
-        """Find out whether a certificate is trusted: each handshake asks one question."""
-        origin = url.origin()
-        trusted = self.shake_hands(url, self.site.trusting)
-        fields = trusted.fields
-        if not fields:
-            # With itself as its authority, at any time: what does it say?
-            itself = {"cadata": ssl.DER_cert_to_PEM_cert(certificate)}
-            fields = self.shake_hands(url, tls_context(itself, X509_NO_CHECK_TIME)).fields
-        if fields and not is_named(fields, url.name):
-            self.found("redirection-invalid-cert.name", origin, host=url.name)
-        if fields and not self.judge_dates(origin, fields):
-            # Whatever its own dates: does it lead to an authority?
-            trusted = self.shake_hands(url, tls_context(self.site.trust, X509_NO_CHECK_TIME))
-        if trusted.fields:
-            return
-        if not self.site.trust and not has_authorities(self.site.trusting):
-            id = "no-authorities"
-        elif fields and fields["issuer"] == fields["subject"]:
-            id = "redirection-invalid-cert.self-signed"
-        else:
-            id = "redirection-invalid-cert.chain"
-        self.found(id, origin, why=trusted.refused)
-
-    def judge_dates(self, origin: str, fields: Dict[str, Any]) -> bool:
-        """Judge when a certificate begins and ends; return whether it is valid now."""
-        first, last = fields["notBefore"], fields["notAfter"]
-        begin = ssl.cert_time_to_seconds(first)
-        end = ssl.cert_time_to_seconds(last)
-        now = time.time()
-        if now < begin:
-            self.found("redirection-invalid-cert.not-yet-valid", origin, date=first)
-        elif now > end:
-            self.found("redirection-invalid-cert.expired", origin, date=last)
-        # A certificate for six days is always in its last 14 days (RFC 9773 renews at two thirds).
-        elif end - now < min(14 * DAY, (end - begin) / 3):
-            days = int((end - now) / DAY)
-            self.found("cert-expires-soon", origin, date=last, days=days)
-        return begin <= now <= end
 
     def speaks_tls(self, url: Url) -> bool:
         """Return whether the origin of url speaks TLS; its certificate is looked at once."""
@@ -4209,9 +4217,10 @@ class Visit:
         """Return where a browser goes from this answer; None where it stays."""
         locations = list(dict.fromkeys(response.values("location")))
         if not is_redirect(response):
-            locations = [refresh_of(response, url)]
-            if not locations[0]:
+            refresh = refresh_of(response, url)
+            if not refresh:
                 return None
+            locations = [refresh]
         location = ", ".join(locations) or "none"
         following = None
         # Browsers refuse several that differ: a header may have been injected.
@@ -4299,26 +4308,31 @@ class Visit:
             url = following
         self.found("redirect-loop", start)
 
+    def try_acme(self) -> None:
+        """Certificate authorities follow a redirect, but want the same path."""
+        url = self.site.plain._replace(target=ACME_QUESTION)
+        response = self.ask(url)
+        following = self.next_url(url, response) if response else None
+        if following and following.target != url.target:
+            self.found("acme-challenge-lost", url, location=following)
+
+    def try_forged_host(self) -> None:
+        """An invalid Host (RFC 9110 section 7.2) must not become the host of a Location."""
+        root = self.site.plain._replace(target="/")
+        with contextlib.suppress(OSError, ValueError):
+            response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
+            if resolve(response.field("location") or "", root).name == FORGED_HOST:
+                self.found("host-reflected", root)
+
     def visit_plain(self) -> None:
         """Ask the plain port."""
         plain, path = self.site.plain, self.site.rule.path
         for target in dict.fromkeys(["/", plain.target, path, path.rstrip("/") + DEEP_LINK]):
             self.follow(plain._replace(target=target))
-        root = plain._replace(target="/")
-        response = self.ask(root)
-        if not response or not is_redirect(response):
-            return
-        # Certificate authorities follow a redirect, but want the same path.
-        acme = plain._replace(target=ACME_QUESTION)
-        response = self.ask(acme)
-        following = self.next_url(acme, response) if response else None
-        if following and following.target != acme.target:
-            self.found("acme-challenge-lost", acme, location=following)
-        # An invalid Host (RFC 9110 section 7.2) must not become the host of a Location.
-        with contextlib.suppress(OSError, ValueError):
-            response = self.fetch(root, host=f"{root.name}@{FORGED_HOST}")
-            if resolve(response.field("location") or "", root).name == FORGED_HOST:
-                self.found("host-reflected", root)
+        root = self.ask(plain._replace(target="/"))
+        if root and is_redirect(root):
+            self.try_acme()
+            self.try_forged_host()
 
     def knock(self, url: Url) -> Optional[OSError]:
         """Return why a port takes no connection, or None."""
@@ -4373,9 +4387,9 @@ def visit_all(site: Site, connect: str, family: int) -> None:
     try:
         site.addresses = look_up(name, port or PORTS["http"], family, site.seconds)
     except OSError as error:
-        families = {0: "IPv4 or IPv6", socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
-        why = cause_of(error, site.seconds)
-        site.found("host-unknown", name, family=families[family], why=why)
+        options: Dict[int, str] = {socket.AF_INET: " with -4", socket.AF_INET6: " with -6"}
+        option, why = options.get(family, ""), cause_of(error, site.seconds)
+        site.found("host-unknown", name, option=option, why=why)
         return
     failures: Dict[str, Optional[OSError]] = {}
     for address in site.addresses:
@@ -4390,6 +4404,8 @@ def visit_all(site: Site, connect: str, family: int) -> None:
 
 def check_ignored(ids: Sequence[str]) -> None:
     """Raise ValueError unless these are ids of findings."""
+    if isinstance(ids, str):
+        raise ValueError(f"ignore={ids!a} is one string: give a list of ids")
     for id in ids:
         if id not in SEVERITY_OF:
             raise ValueError(f"there is no finding {id!a} to ignore: see check --list")
@@ -4422,7 +4438,7 @@ def check(
     try:
         plain, secure = read_target(target)
     except ValueError as error:  # one invalid target does not stop the others
-        text = FINDINGS["unknown"]["target-invalid"].format(error=str(error).replace("|", "\\x7C"))
+        text = text_of("target-invalid", error=error)
         return Report(target, "unknown", [], [Finding("target-invalid", "unknown", text, [])])
     site = Site(plain, secure, expected or {}, trust or {}, seconds)
     visit_all(site, connect, family)
@@ -4590,8 +4606,9 @@ def connection_cap(wanted: int) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    no_limit = soft < 0
-    return wanted if no_limit else min(wanted, max(8, soft - SPARE_FILES))
+    if soft < 0:  # no limit
+        return wanted
+    return min(wanted, max(8, soft - SPARE_FILES))
 
 
 def become(user: str) -> None:
@@ -4716,11 +4733,12 @@ def recipe_rule(args: argparse.Namespace) -> RedirectRule:
 
 
 def choose_part(recipe: str, parts: List[Part], wanted: str) -> Part:
-    """Return the part with this name."""
-    by_name = {part.name: part for part in parts}
-    if wanted not in by_name:
-        raise RuleError(f"{recipe} has no part {wanted!a}; it has {', '.join(by_name)}")
-    return by_name[wanted]
+    """Return the part with this name, or with this file."""
+    for part in parts:
+        if wanted in (part.name, part.file):
+            return part
+    names = ", ".join(part.name for part in parts)
+    raise RuleError(f"{recipe} has no part {wanted!a}; it has {names}")
 
 
 def with_headings(parts: List[Part]) -> str:
@@ -4943,7 +4961,7 @@ def shown_target(target: str) -> str:
         typed = target.encode(encoding, "backslashreplace").decode(encoding)
         with contextlib.suppress(ValueError):
             shown = f"{typed} ({read_target(target)[0].name})"
-    return shown.replace("|", "\\x7C")  # as in make_finding()
+    return shown.replace("|", "\\x7C")  # as in text_of()
 
 
 def check_all(targets: List[str], *settings: Any) -> Iterator[Report]:
@@ -5091,10 +5109,11 @@ def command_demo(args: argparse.Namespace) -> int:
         demo.port = server.server_port
         url = f"http://localhost:{demo.port}"
         with running(server):
-            answers = f"leads to {rule.location('localhost', '/')}"
             if args.before:
-                answers = "answers 403.4, as IIS does before the fix"
-            print(f"{url}/ {answers}", flush=True)
+                outcome = "answers 403.4, as IIS does before the fix"
+            else:
+                outcome = f"leads to {rule.location('localhost', '/')}"
+            print(f"{url}/ {outcome}", flush=True)
             if not args.cert:
                 trust = f'--cacert "{sys.argv[0]}"' if os.path.isfile(sys.argv[0]) else "-k"
                 say(f"browsers warn of the certificate; curl -iL {trust} {url}/")
@@ -5181,7 +5200,7 @@ def build_parser() -> Parser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="owahttps.py", description=__doc__, formatter_class=layout)
     parser.add_argument("-V", "--version", action="version", version=f"owahttps {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     commands.required = True
     for name, (add_arguments, run, what, end) in COMMANDS.items():
         text = f"{what[0].upper()}{what[1:]}."

@@ -1506,10 +1506,10 @@ def test_user_gives_root_up():
 
 
 CAPS = [
-    (16384, 1024, 20000, 16384),
+    (None, 1024, 20000, 16384),
     (2000, 100, 1024, 960),
-    (16384, 64, 64, 8),
-    (16384, -1, -1, 16384),
+    (None, 64, 64, 8),
+    (None, -1, -1, 16384),
 ]
 
 
@@ -1519,6 +1519,8 @@ def test_connection_cap(wanted, soft, hard, cap, monkeypatch):
     limits = [(soft, hard)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    if wanted is None:
+        wanted = owahttps.parse(["serve"]).max_connections
     assert owahttps.connection_cap(wanted) == cap and limits[-1][0] == hard
 
 
@@ -1618,7 +1620,7 @@ def generate(words):
 
 
 def test_the_articles_page_to_the_letter():
-    assert generate("--part asp") == ARTICLE
+    assert generate("--part asp") == generate("--part Owahttps.asp") == ARTICLE
 
 
 def test_the_articles_steps():
@@ -2398,6 +2400,9 @@ COOKIES = [
     ("a=b; Secure", "https://h/", "https://h/", True),
     ("a=b; Secure", "https://h/", "http://h/", False),
     ("a=b; Max-Age=-1", "https://h/", "https://h/", False),
+    ("a=b; Max-Age=0600", "https://h/", "https://h/", True),
+    ("a=b; Max-Age=-x", "https://h/", "https://h/", True),
+    ("a=" + 4200 * "b", "https://h/", "https://h/", False),
     ("a=b; Max-Age=60; " + LONG_AGO, "https://h/", "https://h/", True),
     ("a=b; " + LONG_AGO, "https://h/", "https://h/", False),
     ("a=b; Expires=nonsense", "https://h/", "https://h/", True),
@@ -2417,6 +2422,7 @@ COOKIES = [
     ("__Host-a=b; Path=/", "https://h/", "https://h/", False),
     ("__host-a=b; Path=/app; Secure", "https://h/", "https://h/app", False),
     ("__Host-a=b; Path=/; Secure; Domain=h", "https://h/", "https://h/", False),
+    ("__Host-a=b; Path=/; Secure; Domain=", "https://h/", "https://h/", True),
     ("__Secure-a=b; Secure; Domain=h", "https://h/", "https://h/", True),
     ("__Secure-a=b", "https://h/", "https://h/", False),
     ("a=b; SameSite=None; Secure", "https://h/", "https://h/", True),
@@ -2704,11 +2710,11 @@ def test_text(certificates):
         assert run(*site.words, "--quiet", "--ignore", MISSING) == (0, "", "")
 
 
-NO_FAMILY = "unknown   127.0.0.1:PLAIN: no IPv6 address was found for 127.0.0.1 ("
+NO_FAMILY = "unknown   127.0.0.1:PLAIN: no address was found for 127.0.0.1 with -6 ("
 NOTHING = (
     "critical  127.0.0.1:PLAIN: neither http://127.0.0.1:PLAIN nor https://127.0.0.1:1 answers"
 )
-NO_NAME = "unknown   nowhere.invalid: no IPv4 or IPv6 address was found for nowhere.invalid ("
+NO_NAME = "unknown   nowhere.invalid: no address was found for nowhere.invalid ("
 SILENT_TEXT = "http://localhost:PLAIN/ gave no answer within 0.1 s: look at its server\n"
 LEFT_OUT = f"ok        localhost:PLAIN: nothing else was found (1 ignored: {MISSING})\n"
 TWO = ["cookie-over-http", MISSING]
@@ -2726,7 +2732,7 @@ LINES = [
     (NO_FAMILY, Case("", "", target="127.0.0.1:PLAIN", options="-6")),
     (NO_NAME, Case("", "", target="nowhere.invalid")),
     (
-        f"{NOTHING} (Connection refused): start its server\n",
+        f"{NOTHING} (Connection refused): look at that host and its server\n",
         Case("", "", None, None, target="127.0.0.1:PLAIN", options="--https-port 1"),
     ),
     (SILENT_TEXT, Case("", "", script(b""), options=SHORT)),
@@ -2745,7 +2751,7 @@ def test_lines(line, case, certificates):
 
 INVALID_SETTINGS = [
     ({"ignore": ["nope"]}, "'nope'"),
-    ({"ignore": MISSING}, "'r'"),
+    ({"ignore": MISSING}, "one string"),
     ({"connect": "x:y"}, "'x:y'"),
     ({"expected": {"status": 303}}, "303"),
 ]
@@ -2857,6 +2863,8 @@ NONSENSE = [
     "localhost:0",
     "localhost:65536",
     "a \x1b[31m",
+    "http://[\xe9]/",
+    "http://[" + 2000 * "a" + "]/",
 ]
 
 
