@@ -3544,11 +3544,11 @@ def ascii_authority(text: str) -> str:
     straße.de.
     """
     name, colon, port = text.partition(":")
-    if len(name) > 253:  # the codec's time grows with the square of it
-        raise HostError(f"{name[:300]!a} is longer than the 253 characters of a server name")
     labels = []
     for label in unicodedata.normalize("NFKC", name.lower()).replace("\u3002", ".").split("."):
         if any(character >= "\x80" for character in label):
+            if len(label) > 63:  # the codec's time grows with the square of it
+                raise HostError(f"{label[:300]!a} is longer than the 63 characters of a label")
             label = "xn--" + label.encode("punycode").decode("ascii")
         labels.append(label)
     return ".".join(labels) + colon + port
@@ -3620,8 +3620,9 @@ class Cookie(NamedTuple):
 
 def is_deleted(attributes: Dict[str, str]) -> bool:
     """Return whether a cookie with these attributes is being deleted."""
-    if "max-age" in attributes:  # it goes before Expires
-        return re.fullmatch("-[0-9]+|0+", attributes["max-age"]) is not None
+    age = attributes.get("max-age", "")
+    if re.fullmatch("-?[0-9]+", age):  # it goes before Expires
+        return age.startswith("-") or not age.strip("0")
     try:
         when = parsedate_tz(attributes.get("expires", "")[:100])
         return when is not None and mktime_tz(when) < time.time()
@@ -3645,7 +3646,7 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
         needs_secure = of_other_sites or name.startswith(("__secure-", "__host-"))
         is_refused = (
             not pair.strip("=")
-            or len(field) > 4096
+            or len(pair) > 4097  # name and value have at most 4096 bytes
             or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", field)
             or not f".{url.name}".endswith(f".{domain}")
             # RFC 6265bis section 5.7: what these names and SameSite=None promise has to be so.
@@ -3946,6 +3947,7 @@ class Visit:
         self.answers: Dict[Tuple[Url, str], Optional[Response]] = {}
         self.https: Dict[str, bool] = {}  # by origin: whether it speaks TLS with us
         self.silent: Dict[str, Exception] = {}  # by origin: its time-out
+        self.closed: Set[str] = set()  # the origins that want a client certificate
         self.asked = ""  # the address that was asked last: other names have others
 
     def found(self, id: str, url: object, **values: Any) -> None:
@@ -4107,6 +4109,8 @@ class Visit:
 
     def tls_fault(self, url: Url, error: Exception) -> str:
         """Return the id of the finding that an error over https means, or ""."""
+        if url.origin() in self.closed:
+            return "client-certificate-wanted"
         for id, pattern in TLS_FAULTS.items():
             if re.search(pattern, str(error)):
                 return id
@@ -4120,6 +4124,7 @@ class Visit:
                 # A server that shares no cipher with us sends alert 40 too, but then there is
                 # no cipher yet.
                 if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(refusal)):
+                    self.closed.add(url.origin())
                     return "client-certificate-wanted"
         return ""
 
