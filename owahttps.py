@@ -430,7 +430,7 @@ METHOD = TCHAR + "{1,50}"
 # RFC 9112 section 3: request-line = method SP request-target SP HTTP-version.  Section 2.2: one
 # empty line before it is tolerated.  8-bit bytes in the target are not in the grammar, but
 # browsers have sent them; a Location has them percent-encoded.
-REQUEST_LINE = rf"(?:\r\n)?({METHOD}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n"
+REQUEST_LINE = rf"(?:\r\n)?({METHOD}) ([!-~\x80-\xff]{{1,{MAX_TARGET}}}) HTTP/1\.([0-9])\r\n"
 # RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS, and no obs-fold.
 WHOLE_HEAD = re.compile(rf"{REQUEST_LINE}(?:{TCHAR}+:[\t -~\x80-\xff]*\r\n)*\r\n")
 REQUEST_LINE_BYTES = re.compile(REQUEST_LINE.encode("latin-1"))
@@ -445,11 +445,12 @@ LOOP_SIGNS = {
     "x-arr-ssl": re.compile(r"."),  # IIS's Application Request Routing: the certificate
 }
 # The fields that an answer depends on, and those of a log line; the usual ones are first, which
-# finds them fastest.  The lookahead skips at once each line that begins with any other letter.
+# finds them fastest.  The lookahead skips at once each line that begins with any other letter, and
+# re.ASCII ignores case faster.
 FIELD_NAMES = ["host", "user-agent", "connection", "referer", *LOOP_SIGNS]
 FIELD_NAMES += ["content-length", "transfer-encoding"]
 INITIALS = "".join(sorted({name[0] + name[0].upper() for name in FIELD_NAMES}))
-FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)")
+FIELD = re.compile(rf"\n(?=[{INITIALS}])((?i:{'|'.join(FIELD_NAMES)})):[\t ]*([^\r]*)", re.ASCII)
 # RFC 9112 section 3.2.2: absolute-form, as a client sends it to a proxy.
 ABSOLUTE_FORM = re.compile(r"(?i:http(s)?)://([^/?#]*)(.*)")
 # What a log line writes as \xHH: all but printable ASCII, and quotes and backslashes.
@@ -578,7 +579,7 @@ def read_request(head: str, fields: Dict[str, str]) -> Tuple[str, str, str, bool
     whether a body follows, and whether the connection ends after the answer.
     """
     match = WHOLE_HEAD.fullmatch(head)
-    if not match or len(match.group(2)) > MAX_TARGET or len(head) > MAX_HEAD:
+    if not match or len(head) > MAX_HEAD:
         raise fault_of(head)
     method, target, minor = match.groups()
     body = has_body(fields)
@@ -699,7 +700,7 @@ def answer(
     find_response = render if rare else shared_render
     head_only = line.startswith("HEAD ")
     response, size = find_response(status, location, message, head_only, close, date)
-    if text.startswith("\x16"):  # a TLS client would not understand it
+    if refusal and text.startswith("\x16"):  # a TLS client would not understand it
         response = b""
     log = log_line(line, status, size, fields)
     return Answer(response, status, location, target, close, more_to_come, log, refusal)
@@ -1002,16 +1003,14 @@ class RedirectHandler(BaseHTTPRequestHandler):
         """Answer the whole requests that have come, or some of them, into `outgoing`."""
         if self.outgoing or not self.incoming:
             return
-        for _ in range(self.max_replies):
+        replies = 0
+        while self.incoming and not self.close_connection and replies < self.max_replies:
             end = head_end(self.incoming)
-            if not end:
+            if not end or len(self.outgoing) > self.max_outgoing:
                 break
             self.reply_to(self.incoming[:end])
             self.incoming = self.incoming[end:]
-            if self.close_connection or not self.incoming:
-                break
-            if len(self.outgoing) > self.max_outgoing:
-                break
+            replies += 1
         if self.outgoing or self.between_requests:
             # A new wait begins: after an answer, or with the first bytes of the next head.
             self.between_requests = not self.incoming
