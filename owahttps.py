@@ -3634,7 +3634,10 @@ def read_cookies(response: Response, url: Url) -> List[Cookie]:
     cookies = []
     for field in response.values("set-cookie")[:MAX_COOKIES]:
         first, *rest = [part.partition("=") for part in field.split(";")]
-        attributes = {name.strip().lower(): value.strip() for name, _, value in rest}
+        # RFC 6265bis section 5.6: an attribute with a longer value is ignored.
+        attributes = {
+            name.strip().lower(): value.strip() for name, _, value in rest if len(value) <= 1024
+        }
         pair = "".join(part.strip() for part in first)
         domain = attributes.get("domain", "").lower().lstrip(".") or url.name
         path = attributes.get("path", "")

@@ -2405,6 +2405,7 @@ COOKIES = [
     ("a=b; Max-Age=-x; " + LONG_AGO, "https://h/", "https://h/", False),
     ("a=" + 4095 * "b" + "; X=" + 5000 * "x", "https://h/", "https://h/", True),
     ("a=" + 4096 * "b", "https://h/", "https://h/", False),
+    ("a=b; Path=/" + 1024 * "x", "https://h/", "https://h/", True),
     ("a=b; Max-Age=60; " + LONG_AGO, "https://h/", "https://h/", True),
     ("a=b; " + LONG_AGO, "https://h/", "https://h/", False),
     ("a=b; Expires=nonsense", "https://h/", "https://h/", True),
