@@ -1045,7 +1045,7 @@ class RedirectHandler(BaseHTTPRequestHandler):
                 self.state = DONE
                 return
         elif not self.close_connection:
-            return  # nothing has been answered
+            return  # there is nothing new to send
         if self.state in (DRAINING, DONE):
             return
         if self.outgoing:
@@ -2188,7 +2188,7 @@ def length_cases(rule: RedirectRule) -> List[Case]:
     post = "POST / HTTP/1.1"
     chunked = "Transfer-Encoding: chunked"
     both = ("Content-Length: 5", chunked)
-    lengths = head_of(post, "Content-Length: 0", "Content-Length: 5")
+    lengths = head_of(GET, "Content-Length: 0", "Content-Length: 5")
     empty = b"0\r\n\r\n"
     two = empty + head_of(GET, host="other.example")
     last_gzip = head_of(post, "Transfer-Encoding: chunked, gzip")
@@ -2571,12 +2571,12 @@ def try_end_to_end() -> List[Result]:
             redirect, _ = read_page(http.client.HTTPConnection(*address, timeout=5), "/")
         context = ssl.create_default_context(cadata=STUB_CERTIFICATE)
         secure = http.client.HTTPSConnection("localhost", https_port, timeout=5, context=context)
-        answer, page = read_page(secure, "/exchange")
+        status, body = read_page(secure, "/exchange")
     right, title = f"302 https://localhost:{https_port}/exchange", StubHandler.title
     results = []
     for id, what, expected, got in (
         ("step-18-redirect", "plain HTTP leads to HTTPS", right, redirect),
-        ("step-18-https", "HTTPS is verified", title, title if title in page else answer),
+        ("step-18-https", "HTTPS is verified", title, title if title in body else status),
     ):
         passed = got == expected
         results.append(Result(id, OWN, "Q279681, step 18", what, expected, got, passed))
@@ -2949,6 +2949,19 @@ def nginx_exceptions(rule: RedirectRule) -> Iterator[str]:
 """
 
 
+def nginx_host(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines that refuse a request whose Host is no valid or no allowed name."""
+    missing = missing_host(rule)
+    yield f"""\
+        # $host has no port and no capitals, but nginx lets @ # ? % and the like pass.
+        if ($host !~ "^({ANY_HOST}){missing}$") {{ return 400; }}
+        # $host ends at the first colon: what comes then is a port, or invalid.
+        if ($http_host !~ "^([^:]*|\\[[^]]*])(:[0-9]*)?$") {{ return 400; }}
+"""
+    if rule.allow_hosts:
+        yield f'        if ($host !~ "^({allowed_names(rule)}){missing}$") {{ return 421; }}\n'
+
+
 def nginx_config(rule: RedirectRule, port: int) -> Iterator[str]:
     origin = "https://" + rule.authority("$host")
     yield f"""\
@@ -2963,16 +2976,8 @@ server {{
     # There is no server_name: it would be the $host of a request without one.
 """
     yield from nginx_exceptions(rule)
-    missing = missing_host(rule)
-    yield f"""\
-    location / {{
-        # $host has no port and no capitals, but nginx lets @ # ? % and the like pass.
-        if ($host !~ "^({ANY_HOST}){missing}$") {{ return 400; }}
-        # $host ends at the first colon: what comes then is a port, or invalid.
-        if ($http_host !~ "^([^:]*|\\[[^]]*])(:[0-9]*)?$") {{ return 400; }}
-"""
-    if rule.allow_hosts:
-        yield f'        if ($host !~ "^({allowed_names(rule)}){missing}$") {{ return 421; }}\n'
+    yield "    location / {\n"
+    yield from nginx_host(rule)
     yield f"        {LOOPS}\n"
     for field, pattern in PROXY_FIELDS.items():
         variable = "$http_" + field.lower().replace("-", "_")
@@ -3020,8 +3025,22 @@ def apache_exceptions(rule: RedirectRule) -> Iterator[str]:
 """
 
 
-def apache_config(rule: RedirectRule, port: int) -> Iterator[str]:
+def apache_redirect(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines that redirect what has not been refused."""
     origin = "https://" + rule.authority("%{SERVER_NAME}")
+    kept = "/" if rule.keep_path else MACHINE_PATTERN
+    yield f"""\
+    # THE_REQUEST is as it came, never decoded. Apache appends the query.
+    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({kept}[^? ]*)" [NC]
+    RewriteRule ^ {origin}%1 [NE,L,R={rule.status}]
+"""
+    if rule.keep_path:  # "GET http://a.example" has no path
+        yield f"    RewriteRule ^ {origin}/ [L,R={rule.status}]\n"
+    else:
+        yield f"    RewriteRule ^ {origin}{rule.path} [QSD,L,R={rule.status}]\n"
+
+
+def apache_config(rule: RedirectRule, port: int) -> Iterator[str]:
     yield "# No other site of this port may sort before it: a2dissite 000-default\n"
     if port != 80:
         yield f"# Delete this line where ports.conf has it:\nListen {port}\n"
@@ -3058,16 +3077,7 @@ def apache_config(rule: RedirectRule, port: int) -> Iterator[str]:
     RewriteCond %{{HTTP_HOST}} "!^({allowed_names(rule)}){rest}" [NC]
     RewriteRule ^ - [R=421]
 """
-    kept = "/" if rule.keep_path else MACHINE_PATTERN
-    yield f"""\
-    # THE_REQUEST is as it came, never decoded. Apache appends the query.
-    RewriteCond %{{THE_REQUEST}} "^\\S+ (?:[a-z]+://[^/? ]*)?({kept}[^? ]*)" [NC]
-    RewriteRule ^ {origin}%1 [NE,L,R={rule.status}]
-"""
-    if rule.keep_path:  # "GET http://a.example" has no path
-        yield f"    RewriteRule ^ {origin}/ [L,R={rule.status}]\n"
-    else:
-        yield f"    RewriteRule ^ {origin}{rule.path} [QSD,L,R={rule.status}]\n"
+    yield from apache_redirect(rule)
     yield "</VirtualHost>\n"
 
 
@@ -3157,8 +3167,25 @@ def caddy_exceptions(rule: RedirectRule) -> Iterator[str]:
 """
 
 
-def caddy_config(rule: RedirectRule, port: int) -> Iterator[str]:
+def caddy_redirect(rule: RedirectRule) -> Iterator[str]:
+    """Yield the lines that redirect what has not been refused."""
     origin = "https://" + rule.authority("{re.host.1}")
+    if rule.status in PERMANENT:
+        yield f"""\
+\t\t\t{A_DAY}
+\t\t\theader Cache-Control max-age=86400
+"""
+    if rule.keep_path:
+        yield f"\t\t\tredir {origin}{{uri}} {rule.status}\n"
+    else:
+        yield f"""\
+\t\t\tredir /.well-known/* {origin}{{uri}} {rule.status}
+\t\t\tredir /autodiscover/* {origin}{{uri}} {rule.status}
+\t\t\tredir {origin}{rule.path} {rule.status}
+"""
+
+
+def caddy_config(rule: RedirectRule, port: int) -> Iterator[str]:
     yield f"http://:{port} {{\n"
     yield """\
 \tlog
@@ -3180,19 +3207,7 @@ def caddy_config(rule: RedirectRule, port: int) -> Iterator[str]:
 \t\t@host header_regexp host Host `(?i)^({allowed_names(rule) or ANY_HOST}){rest}`
 \t\troute @host {{
 """
-    if rule.status in PERMANENT:
-        yield f"""\
-\t\t\t{A_DAY}
-\t\t\theader Cache-Control max-age=86400
-"""
-    if rule.keep_path:
-        yield f"\t\t\tredir {origin}{{uri}} {rule.status}\n"
-    else:
-        yield f"""\
-\t\t\tredir /.well-known/* {origin}{{uri}} {rule.status}
-\t\t\tredir /autodiscover/* {origin}{{uri}} {rule.status}
-\t\t\tredir {origin}{rule.path} {rule.status}
-"""
+    yield from caddy_redirect(rule)
     yield "\t\t}\n"
     if rule.allow_hosts:
         yield f"""\
@@ -3949,7 +3964,7 @@ class Visit:
         self.answers: Dict[Tuple[Url, str], Optional[Response]] = {}
         self.https: Dict[str, bool] = {}  # by origin: whether it speaks TLS with us
         self.silent: Dict[str, Exception] = {}  # by origin: its time-out
-        self.closed: Set[str] = set()  # the origins that want a client certificate
+        self.guarded: Set[str] = set()  # the origins that want a client certificate
         self.asked = ""  # the address that was asked last: other names have others
 
     def found(self, id: str, url: object, **values: Any) -> None:
@@ -4111,7 +4126,7 @@ class Visit:
 
     def tls_fault(self, url: Url, error: Exception) -> str:
         """Return the id of the finding that an error over https means, or ""."""
-        if url.origin() in self.closed:
+        if url.origin() in self.guarded:
             return "client-certificate-wanted"
         for id, pattern in TLS_FAULTS.items():
             if re.search(pattern, str(error)):
@@ -4126,7 +4141,7 @@ class Visit:
                 # A server that shares no cipher with us sends alert 40 too, but then there is
                 # no cipher yet.
                 if tls.cipher() and CLIENT_CERTIFICATE_ALERT.search(str(refusal)):
-                    self.closed.add(url.origin())
+                    self.guarded.add(url.origin())
                     return "client-certificate-wanted"
         return ""
 
